@@ -1,0 +1,1 @@
+"""A tiny, really pretrained text-to-image base: its pictures, its recipe, its weights, its scorer."""

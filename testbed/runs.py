@@ -1,0 +1,40 @@
+"""Scores of a finished run: its exported files on the base, against the base alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from testbed.score import Scorer, Scores
+from trainer import generate, sampler
+from trainer.models.sd15 import SD15
+from trainer.rundir import RunDir
+
+STEPS, GUIDANCE = 25, 3.0
+
+
+def score_run(root: Path, concept: str, n: int = 60, ordinary: int = 96) -> Scores:
+    """Loads what the run exported, as a client would, and scores it."""
+    weights = generate.located(generate.find(root))
+    device = generate.device("cpu")
+    learned = generate.Painter(weights, device).family
+    base = SD15.load(weights.model, device)
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int], adapted: bool) -> list[Image.Image]:
+        family = learned if adapted else base
+        return sampler.generate(family, list(prompts), seeds=list(seeds), steps=STEPS, guidance=GUIDANCE)
+
+    with torch.inference_mode():
+        return Scorer(concept, training_pictures(root)).score(draw, n, ordinary)
+
+
+def training_pictures(root: Path) -> list[Image.Image]:
+    """The pictures that the run learned from, in its own order."""
+    run = RunDir.open(root)
+    lines = run.dataset.read_text(encoding="utf-8").splitlines()
+    items = sorted((json.loads(line) for line in lines if line), key=lambda item: item["name"])
+    return [Image.open(run.root / item["file"]).convert("RGB") for item in items]
