@@ -1,0 +1,96 @@
+"""Decodes one picture of unknown origin into upright 8-bit RGB, or says why it cannot.
+
+What a file is, its content decides, never its suffix. Only formats whose decoders are plain readers are tried:
+none that start another program.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from preprocess.types import Limits, PictureError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+
+# What Pillow's decoders raise on damaged or hostile content.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
+
+
+def decode(content: bytes, limits: Limits) -> Image.Image:
+    """The first frame, turned upright as EXIF asks, transparency on white, as 8-bit RGB.
+
+    Raises:
+        PictureError: no picture, damaged, too large or too small.
+    """
+    image = _load(content, limits, behind=(255, 255, 255))
+    if min(image.size) < limits.side:
+        raise PictureError(
+            f"it is {image.width} x {image.height} pixels, and each side must have at least {limits.side}"
+        )
+    return image
+
+
+def decode_mask(content: bytes, limits: Limits, size: tuple[int, int]) -> Image.Image:
+    """A mask as 8-bit grey of `size` (width, height); transparent counts as black.
+
+    Raises:
+        PictureError: as decode; also another size than the picture's, or black everywhere.
+    """
+    try:
+        mask = _load(content, limits, behind=(0, 0, 0)).convert("L")
+    except PictureError as error:
+        raise PictureError(f"its mask cannot be used: {error}") from error
+    if mask.size != size:
+        raise PictureError(f"its mask is {mask.width} x {mask.height} pixels, but the picture is {size[0]} x {size[1]}")
+    if mask.getextrema() == (0, 0):
+        raise PictureError("its mask is black everywhere, so nothing of it would be learned")
+    return mask
+
+
+def _load(content: bytes, limits: Limits, behind: tuple[int, int, int]) -> Image.Image:
+    """The decoded, upright picture in RGB. Its size is checked before a pixel is unpacked."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as probe:
+            width, height = probe.size
+            if width * height > limits.pixels:
+                raise PictureError(f"it is {width} x {height} pixels, and {limits.pixels} in all are allowed")
+            probe.verify()  # checksums, where the format has them; the file must be opened anew after it
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image), behind)
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"it has too many pixels: {limits.pixels} are allowed") from error
+    except UnidentifiedImageError as error:
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            raise PictureError("it is an archive, and archives inside a source are not opened") from error
+        raise PictureError(f"it is no picture in a format that is read here ({', '.join(FORMATS)})") from error
+    except _DAMAGE as error:
+        raise PictureError(f"it is damaged: {error or type(error).__name__}") from error
+
+
+def _rgb(image: Image.Image, behind: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _from_16_bit(image).convert("RGB")
+    if image.mode == "F":
+        raise PictureError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        canvas = Image.new("RGBA", layer.size, (*behind, 255))
+        return Image.alpha_composite(canvas, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """8-bit grey from 16-bit grey. (Pillow's own conversion would cut all above 255 off.)"""
+    values = np.asarray(image, dtype=np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise PictureError("its pixels are 32-bit integers of unknown range; save it with 8 or 16 bits")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
