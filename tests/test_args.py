@@ -1,0 +1,72 @@
+"""The args tree: frozen, strict, with one sentence and a default for every option, and free of torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from trainer.args import TrainArgs
+from trainer.cli import default_of, options
+
+MINIMAL = {"data": {"source": "pictures"}}
+
+
+def test_it_is_frozen_and_forbids_unknown_keys() -> None:
+    args = TrainArgs.model_validate(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        args.adapter.rank = 4  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="extra"):
+        TrainArgs.model_validate({**MINIMAL, "adapter": {"rnak": 4}})
+
+
+def test_json_round_trip_is_exact() -> None:
+    args = TrainArgs.model_validate(
+        {**MINIMAL, "optim": {"rows": {"lr": 0.1 + 0.2}}, "sample": {"prompts": ["a, b"], "strengths": [0.3]}}
+    )
+    assert TrainArgs.model_validate_json(args.model_dump_json()) == args
+    assert TrainArgs.model_validate(json.loads(json.dumps(args.model_dump(mode="json")))) == args
+
+
+def test_every_option_has_one_line_and_a_default() -> None:
+    names = options()
+    assert len(names) > 50
+    for name, field in names.items():
+        assert field.description, name
+        assert "\n" not in field.description, name
+        assert field.is_required() or default_of(name) == field.get_default(call_default_factory=True), name
+    assert [name for name, field in names.items() if field.is_required()] == ["data.source"]
+
+
+def test_a_part_of_a_section_keeps_the_sections_other_defaults() -> None:
+    args = TrainArgs.model_validate({**MINIMAL, "optim": {"rows": {"curve": "linear"}}})
+    assert args.optim.rows.lr == 1e-2
+    assert args.optim.adapter.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"adapter": {"kind": "none"}}, "nothing would be trained"),
+        ({"text": {"tokens": 1, "init": "words"}}, "init_words is empty"),
+        ({"objective": {"t_min": 500, "t_max": 400}}, "must be below"),
+        ({"runtime": {"name": "../evil"}}, "pattern"),
+        ({"runtime": {"name": "a/b"}}, "pattern"),
+        ({"adapter": {"rank": 0}}, "greater than or equal to 1"),
+        ({"optim": {"adapter": {"lr": 0}}}, "greater than 0"),
+        ({"data": {"source": "x", "caption_dropout": 1.5}}, "less than or equal to 1"),
+    ],
+)
+def test_bounds_and_contradictions(tree: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        TrainArgs.model_validate({**MINIMAL, **tree})
+
+
+def test_args_cli_registry_and_rundir_load_without_torch() -> None:
+    code = "import sys, trainer.args, trainer.cli, trainer.registry, trainer.rundir, trainer.__main__; "
+    code += "print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

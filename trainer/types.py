@@ -1,0 +1,186 @@
+"""The nouns that rooms pass to one another, and the protocols of the parts that plug in.
+
+Shapes: B pictures, C latent channels, H W latent height and width, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from trainer.path import NoisePath
+
+
+class BaseModelError(ValueError):
+    """A base model that cannot be used. The message says what was given and what to do."""
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What the denoiser is conditioned on: hidden [B, L, D]; pooled [B, D'] where a family has it."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One micro-batch as the dataset gives it, before text is encoded."""
+
+    latents: Tensor  # [B, C, H, W]
+    captions: tuple[str, ...]  # dropout already applied
+    names: tuple[str, ...]  # picture names, for messages
+    mask: Tensor | None = None  # [B, 1, H, W] in 0..1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective sees. All its randomness comes from `generator` (on the CPU)."""
+
+    latents: Tensor  # [B, C, H, W]
+    cond: Cond
+    names: tuple[str, ...]
+    generator: torch.Generator
+    mask: Tensor | None = None  # [B, 1, H, W] in 0..1
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total` is differentiated; `terms` are logged (detached 0-d tensors: "raw" is the unweighted mean)."""
+
+    total: Tensor
+    terms: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer update leaves behind; also one line of metrics.jsonl."""
+
+    step: int  # 1-based count of finished updates
+    images: int  # pictures seen in this update
+    loss: float
+    terms: Mapping[str, float]
+    grad_norm: Mapping[str, float]  # by component, before clipping
+    lr: Mapping[str, float]  # by component; for Prodigy the effective d * lr
+    seconds: float
+    extra: Mapping[str, float] = field(default_factory=dict)  # what hooks add
+
+
+@dataclass(frozen=True)
+class LoraTensors:
+    """One low-rank update: delta W = alpha / rank * up @ down; down [r, in(, k, k)], up [out, r(, 1, 1)]."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+
+@dataclass(frozen=True)
+class ClientNames:
+    """How the programs that load our files spell the parts of a family."""
+
+    base_version: str  # ss_base_model_version: "sd_v1"
+    architecture: str  # modelspec.architecture, before its "/lora"
+    diffusers: Callable[[str, str], str]  # (component, module path) -> "unet.<path>", key without suffix
+    kohya: Callable[[str, str], str]  # (component, module path) -> "lora_unet_<path>", key without suffix
+    embeddings: Mapping[str, str]  # text encoder -> key of its vectors: {"text_encoder": "emb_params"}
+
+
+Predict = Callable[[Tensor, Tensor, Cond], Tensor]  # (xt [B,C,H,W], t [B] int64, cond) -> [B,C,H,W]
+
+
+class ModelFamily(Protocol):
+    """Loads itself, encodes, predicts. Draws no randomness, computes no loss, knows no adapter."""
+
+    name: str  # "sd15"
+    path: NoisePath
+    denoiser: nn.Module
+    vae: nn.Module
+    text_encoders: dict[str, nn.Module]  # "text_encoder" -> CLIPTextModel
+    tokenizers: dict[str, Any]  # the same keys
+    resolution: int  # native side, pixels
+    latent_scale: int  # pixels for one latent
+    bucket_step: int  # pixels; both sides of a picture are multiples of it
+    clients: ClientNames
+    prompt_rules: list[Callable[[str], str]]  # applied in order to every prompt before the tokenizer
+    clip_folders: Mapping[str, Path]  # text encoder -> folder of a CLIPModel that shares its tower
+
+    def expand(self, prompt: str) -> str:
+        """The prompt after every rule of `prompt_rules`, as the tokenizer gets it."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> Cond: ...
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """[B, 3, h, w] in -1..1 -> scaled posterior means [B, C, H, W]."""
+        ...
+
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
+    def pipeline(self) -> Any:
+        """A stock diffusers pipeline around the live modules."""
+        ...
+
+    def fingerprint(self, part: str) -> str:
+        """Hex digest of the weights of `part` ("vae", "text_encoder", "denoiser"), for cache keys and env.json."""
+        ...
+
+
+class Adapter(Protocol):
+    """Makes parameters trainable in a family, and can switch itself off."""
+
+    component: str  # "adapter" or "rows": which optimizer section is its own
+
+    def attach(self, family: ModelFamily) -> list[tuple[str, nn.Parameter]]: ...
+    def detach(self) -> None:
+        """Leaves the family exactly as it was before attach."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    def disabled(self) -> AbstractContextManager[None]: ...
+    def scaled(self, strength: float) -> AbstractContextManager[None]: ...
+    def penalty(self) -> Tensor | None:
+        """Regulariser added to the loss, or None."""
+        ...
+
+
+@runtime_checkable
+class HasLora(Protocol):
+    """An adapter whose update is low-rank."""
+
+    def modules(self) -> Mapping[tuple[str, str], LoraTensors]:
+        """(component, diffusers module path) -> tensors; component is "denoiser" or a text encoder's name."""
+        ...
+
+
+@runtime_checkable
+class HasRows(Protocol):
+    """An adapter that learned token vectors."""
+
+    trigger: str
+
+    def rows(self) -> Mapping[str, Tensor]:
+        """Text encoder's name -> [n, D]."""
+        ...
+
+
+class Objective(Protocol):
+    def __call__(self, predict: Predict, batch: Batch) -> Loss: ...
+
+
+class Hook(Protocol):
+    """Watches a run. The base class in trainer.hooks does nothing at each event."""
+
+    def on_start(self, run: Any) -> None: ...
+    def on_gradients(self, run: Any, update: int) -> Mapping[str, float]: ...
+    def on_step(self, run: Any, step: Step) -> None: ...
+    def on_end(self, run: Any) -> None: ...
+
+
+class Parameters(Protocol):
+    def __call__(self) -> Iterable[nn.Parameter]: ...
