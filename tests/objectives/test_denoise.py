@@ -1,0 +1,172 @@
+"""The standard loss against values worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.args import ObjectiveArgs
+from trainer.objectives.denoise import Denoise, masked_mean
+from trainer.objectives.levels import draw_timesteps, min_snr_weight
+from trainer.objectives.noise import draw_noise
+from trainer.path import NoisePath
+from trainer.types import Batch, Cond
+
+ACP = torch.tensor([0.9, 0.5, 0.2])  # snr 9, 1, 0.25
+
+
+def batch(x0: Tensor, mask: Tensor | None = None, seed: int = 0) -> Batch:
+    names = tuple(f"p{i}" for i in range(len(x0)))
+    return Batch(x0, Cond(torch.zeros(len(x0), 1, 1)), names, torch.Generator().manual_seed(seed), mask)
+
+
+class Recorder:
+    """A denoiser that predicts a constant and remembers what it was shown."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.value = value
+
+    def __call__(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        self.xt, self.t = xt, t
+        return torch.full_like(xt, self.value)
+
+
+def objective(target: Any, t: int, **options: Any) -> Denoise:
+    """The objective at the one timestep `t`."""
+    return Denoise(ObjectiveArgs.model_validate({"t_min": t, "t_max": t + 1, **options}), NoisePath(ACP, target))
+
+
+def noise_of(x0: Tensor, seen: Recorder, t: int) -> Tensor:
+    """The noise that the denoiser was shown."""
+    return (seen.xt - ACP[t].sqrt() * x0) / (1 - ACP[t]).sqrt()
+
+
+def test_eps_target() -> None:
+    x0, predict = torch.full((2, 1, 2, 2), 3.0), Recorder(0.25)
+    loss = objective("epsilon", 1)(predict, batch(x0))
+    expected = ((0.25 - noise_of(x0, predict, 1)) ** 2).mean()
+    torch.testing.assert_close(loss.total, expected)
+    torch.testing.assert_close(loss.terms["raw"], expected)
+
+
+def test_v_target() -> None:
+    x0, predict = torch.full((2, 1, 2, 2), 3.0), Recorder(0.25)
+    loss = objective("v_prediction", 2)(predict, batch(x0))
+    v = 0.2**0.5 * noise_of(x0, predict, 2) - 0.8**0.5 * x0
+    torch.testing.assert_close(loss.total, ((0.25 - v) ** 2).mean())
+
+
+@pytest.mark.parametrize(
+    ("target", "t", "gamma", "weight"),
+    [
+        ("epsilon", 0, 5.0, 5 / 9),  # min(9, 5) / 9
+        ("epsilon", 1, 5.0, 1.0),  # min(1, 5) / 1
+        ("epsilon", 2, 0.1, 0.4),  # min(0.25, 0.1) / 0.25
+        ("v_prediction", 0, 5.0, 0.5),  # min(9, 5) / (9 + 1)
+        ("v_prediction", 1, 5.0, 0.5),  # min(1, 5) / (1 + 1)
+        ("v_prediction", 2, 5.0, 0.2),  # 0.25 / 1.25
+    ],
+)
+def test_min_snr_has_the_form_of_its_target(target: Any, t: int, gamma: float, weight: float) -> None:
+    torch.testing.assert_close(min_snr_weight(NoisePath(ACP, target), torch.tensor([t]), gamma), torch.tensor([weight]))
+    plain = objective(target, t)(Recorder(), batch(torch.ones(2, 1, 2, 2)))
+    weighted = objective(target, t, min_snr_gamma=gamma)(Recorder(), batch(torch.ones(2, 1, 2, 2)))
+    torch.testing.assert_close(weighted.total, plain.total * weight)
+    assert torch.equal(weighted.terms["raw"], plain.terms["raw"])
+
+
+def test_min_snr_weights_each_picture_by_its_own_level() -> None:
+    path, predict = NoisePath(ACP, "v_prediction"), Recorder()
+    x0 = torch.linspace(-1, 1, 24).reshape(6, 1, 2, 2)
+    loss = Denoise(ObjectiveArgs(t_max=3, min_snr_gamma=5.0), path)(predict, batch(x0))
+    assert len(set(predict.t.tolist())) > 1
+    by_hand = 0.0
+    for i, t in enumerate(predict.t.tolist()):
+        eps = (predict.xt[i] - ACP[t].sqrt() * x0[i]) / (1 - ACP[t]).sqrt()
+        v = ACP[t].sqrt() * eps - (1 - ACP[t]).sqrt() * x0[i]
+        by_hand += (v**2).mean() * {0: 0.5, 1: 0.5, 2: 0.2}[t] / 6
+    torch.testing.assert_close(loss.total, by_hand)
+
+
+def test_the_end_of_a_zero_snr_path_stays_finite() -> None:
+    acp = torch.tensor([0.5, 0.0])
+    assert min_snr_weight(NoisePath(acp, "epsilon"), torch.tensor([1]), 5.0).item() == 1.0
+    assert min_snr_weight(NoisePath(acp, "v_prediction"), torch.tensor([1]), 5.0).item() == 0.0
+
+
+def test_offset_noise_is_one_constant_for_each_picture_and_channel() -> None:
+    like = torch.zeros(64, 8, 4, 4)
+    plain = draw_noise(like, torch.Generator().manual_seed(0))
+    offset = draw_noise(like, torch.Generator().manual_seed(0), offset=0.5) - plain
+    torch.testing.assert_close(offset, offset[:, :, :1, :1].expand_as(offset))
+    assert len(set(offset[0, :, 0, 0].tolist())) == 8
+    assert offset[:, :, 0, 0].std().item() == pytest.approx(0.5, rel=0.1)
+    assert plain.std().item() == pytest.approx(1.0, rel=0.05)
+
+
+def test_offset_noise_reaches_the_denoiser_and_the_target() -> None:
+    x0, plain, shifted = torch.ones(2, 1, 4, 4), Recorder(), Recorder()
+    objective("epsilon", 1)(plain, batch(x0))
+    loss = objective("epsilon", 1, offset_noise=1.0)(shifted, batch(x0))
+    added = (shifted.xt - plain.xt) / 0.5**0.5
+    assert added.abs().min() > 1e-3
+    torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added))
+    torch.testing.assert_close(loss.total, (noise_of(x0, shifted, 1) ** 2).mean())
+
+
+def test_timesteps_fill_the_window_and_nothing_else() -> None:
+    drawn = draw_timesteps(2000, 3, 7, torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.int64
+    assert sorted(set(drawn.tolist())) == [3, 4, 5, 6]
+
+
+def test_a_window_beyond_the_path_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"t_max is 1000.*3 timesteps"):
+        Denoise(ObjectiveArgs(), NoisePath(ACP, "epsilon"))
+
+
+def test_masked_mean_is_the_mean_inside_each_mask() -> None:
+    error = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]], [[[10.0, 20.0], [30.0, 40.0]]]]).repeat(1, 3, 1, 1)
+    mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]], [[[0.0, 0.5], [0.0, 1.0]]]])
+    torch.testing.assert_close(masked_mean(error, mask, 0.0), torch.tensor([1.0, (0.5 * 20 + 40) / 1.5]))
+
+
+def test_mask_floor_is_the_weight_outside() -> None:
+    error = torch.tensor([[[[1.0, 3.0]]]])
+    mask = torch.tensor([[[[1.0, 0.0]]]])
+    torch.testing.assert_close(masked_mean(error, mask, 0.25), torch.tensor([(1 + 0.25 * 3) / 1.25]))
+    torch.testing.assert_close(masked_mean(error, mask, 1.0), torch.tensor([2.0]))
+
+
+def test_an_empty_mask_counts_as_unmasked() -> None:
+    error = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 7.0]]]])
+    mask = torch.tensor([[[[0.0, 0.0]]], [[[0.0, 1.0]]]])
+    torch.testing.assert_close(masked_mean(error, mask, 0.0), torch.tensor([2.0, 7.0]))
+
+
+def test_the_mask_decides_where_gradients_go() -> None:
+    prediction = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+
+    def predict(xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return prediction + 0.0 * xt
+
+    loss = objective("epsilon", 1)(predict, batch(torch.ones(1, 1, 2, 2), mask))
+    loss.total.backward()
+    assert prediction.grad is not None
+    assert (prediction.grad != 0).tolist() == [[[[True, False], [False, False]]]]
+    assert loss.terms["raw"] != loss.total.detach()
+
+
+def test_the_same_generator_gives_the_same_loss_and_another_a_different_one() -> None:
+    def losses(seed: int) -> Tensor:
+        return Denoise(ObjectiveArgs(t_max=3), NoisePath(ACP, "epsilon"))(
+            Recorder(), batch(torch.ones(4, 1, 2, 2), seed=seed)
+        ).total
+
+    state = torch.get_rng_state()
+    assert losses(1) == losses(1) != losses(2)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"

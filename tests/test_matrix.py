@@ -1,0 +1,160 @@
+"""Every family x adapter x objective x optimizer: three steps, and the same three with a save and a load between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import CPU, equal, items, tensors
+
+from trainer import registry
+from trainer.adapters import ADAPTERS
+from trainer.adapters.textual_inversion import TextualInversion
+from trainer.args import AdapterArgs, ComponentOptim, ModelArgs, ObjectiveArgs, TextArgs
+from trainer.checkpoint import load, save
+from trainer.dataset import Dataset
+from trainer.loop import Run, train
+from trainer.models import FAMILIES
+from trainer.objectives import OBJECTIVES
+from trainer.optim import OPTIMIZERS, build, lr_at
+from trainer.path import NoisePath
+from trainer.types import Adapter, ModelFamily
+
+# family, fixture of its base: v-prediction, and eps-prediction with two layers a block
+BASES = {"sd15-v": ("sd15", "tiny_base"), "sd15-eps": ("sd15", "tiny_base_deep")}
+
+ADAPTER: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {"adapter": {"kind": "lora", "rank": 2, "dropout": 0.3}},
+    "lora-conv": {"adapter": {"kind": "lora", "rank": 2, "alpha": 1.0, "targets": "attention+ff+conv"}},
+    "rows": {"text": {"tokens": 2}},
+    "pivotal": {"adapter": {"kind": "lora", "rank": 2, "dropout": 0.3}, "text": {"tokens": 1}},
+}
+OBJECTIVE: dict[str, dict[str, Any]] = {
+    "denoise": {"kind": "denoise"},
+    "denoise-all": {"kind": "denoise", "min_snr_gamma": 5.0, "offset_noise": 0.1, "mask_floor": 0.1, "t_min": 100},
+}
+OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
+    "adamw": {
+        "adapter": {"curve": "pivot_adapter", "weight_decay": 0.01},
+        "rows": {"curve": "pivot_rows", "lr": 0.01},
+    },
+    "prodigy": {
+        "adapter": {"name": "prodigy", "lr": 1.0, "curve": "cosine", "warmup": 0.3},
+        "rows": {"name": "prodigy", "lr": 1.0},
+    },
+}
+
+
+def test_the_matrix_has_a_row_for_every_part() -> None:
+    assert {family for family, _ in BASES.values()} == set(FAMILIES)
+    assert {row["adapter"]["kind"] for row in ADAPTER.values() if "adapter" in row} == set(ADAPTERS)
+    assert {row["kind"] for row in OBJECTIVE.values()} == set(OBJECTIVES)
+    used = {section.get("name", "adamw") for row in OPTIMIZER.values() for section in row.values()}
+    assert used == set(OPTIMIZERS)
+
+
+@pytest.fixture(scope="module")
+def family(request: pytest.FixtureRequest) -> ModelFamily:
+    """The family of a row of BASES, loaded once: adapters leave it as it was."""
+    name, base = BASES[request.param]
+    path: Path = request.getfixturevalue(base)
+    return registry.load(FAMILIES, name, "family").load(ModelArgs(base=str(path)), torch.device("cpu"))
+
+
+def make_adapters(row: dict[str, dict[str, Any]]) -> list[Adapter]:
+    adapters: list[Adapter] = []
+    if "text" in row:
+        adapters.append(TextualInversion(TextArgs.model_validate(row["text"]), "TOK", 0, None))
+    if "adapter" in row:
+        args = AdapterArgs.model_validate(row["adapter"])
+        adapters.append(registry.load(ADAPTERS, args.kind, "adapter")(args, 0))
+    return adapters
+
+
+def make_dataset(family: ModelFamily) -> Dataset:
+    side = family.resolution
+    pictures = items([(side, side)] * 3 + [(side * 2, side)] * 2)
+    generator = torch.Generator().manual_seed(0)
+    scale = family.latent_scale
+    latents = {
+        p.name: torch.randn(4, p.bucket[1] // scale, p.bucket[0] // scale, generator=generator) for p in pictures
+    }
+    mirrored = {name: latent.flip(-1) for name, latent in latents.items()}
+    masks = {"p0": torch.eye(side // scale)[None]}
+    return Dataset(pictures, latents, batch_size=2, seed=0, caption_dropout=0.3, flipped=mirrored, masks=masks)
+
+
+def make_run(family: ModelFamily, adapters: list[Adapter], objective: dict[str, Any], optimizer: dict[str, Any]) -> Run:
+    components = {adapter.component: adapter.attach(family) for adapter in adapters}
+    sections = {name: ComponentOptim.model_validate(optimizer[name]) for name in components}
+
+    def curve(section: ComponentOptim) -> Callable[[float], float]:
+        return lambda progress: lr_at(section, progress)
+
+    args = ObjectiveArgs.model_validate(objective)
+    return Run(
+        family=family,
+        adapters=adapters,
+        components=components,
+        optimizers={name: build(sections[name], components[name]) for name in components},
+        lr={name: curve(sections[name]) for name in components},
+        dataset=make_dataset(family),
+        objective=registry.load(OBJECTIVES, args.kind, "objective")(args, family.path),
+        encode=family.encode,
+        hooks=(),
+        steps=3,
+        accumulate=2,
+        max_grad_norm=1.0,
+        seed=0,
+        engine=CPU(),
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZER)
+@pytest.mark.parametrize("objective", OBJECTIVE)
+@pytest.mark.parametrize("adapter", ADAPTER)
+@pytest.mark.parametrize("family", BASES, indirect=True)
+def test_three_steps_equal_one_saved_and_two_resumed(
+    family: ModelFamily, adapter: str, objective: str, optimizer: str, tmp_path: Path
+) -> None:
+    def new() -> Run:
+        torch.manual_seed(torch.seed())  # a run that leans on the global generator is found out
+        return make_run(family, make_adapters(ADAPTER[adapter]), OBJECTIVE[objective], OPTIMIZER[optimizer])
+
+    def leave(run: Run) -> None:
+        for part in reversed(run.adapters):
+            part.detach()
+
+    whole = new()
+    start = tensors(whole)
+    expected = [step.loss for step in train(whole)]
+    trained = tensors(whole)
+    leave(whole)
+
+    first = new()
+    losses = [next(train(first)).loss]
+    save(tmp_path / "step_000001", 1, first.adapters, first.optimizers)
+    leave(first)
+
+    second = new()
+    done = load(tmp_path / "step_000001", second.adapters, second.optimizers)
+    losses += [step.loss for step in train(second, done)]
+    resumed = tensors(second)
+    leave(second)
+
+    assert done == 1
+    assert losses == expected
+    assert equal(resumed, trained)
+    for component in whole.components:
+        assert any(not torch.equal(start[n], trained[n]) for n, _ in whole.components[component]), component
+
+
+def test_both_targets_are_in_the_matrix(tiny_base: Path, tiny_base_deep: Path) -> None:
+    paths: list[NoisePath] = [
+        registry.load(FAMILIES, name, "family").load(ModelArgs(base=str(base)), torch.device("cpu")).path
+        for (name, _), base in zip(BASES.values(), (tiny_base, tiny_base_deep), strict=True)
+    ]
+    assert [path.target for path in paths] == ["v_prediction", "epsilon"]

@@ -1,0 +1,198 @@
+"""The dataset: dataset.jsonl -> items, and an index -> a micro-batch, the same for ever.
+
+Shapes: B pictures, C latent channels, H W latent height and width; h w pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from trainer.seed import derive
+from trainer.types import Samples
+
+log = logging.getLogger(__name__)
+
+
+class DatasetError(ValueError):
+    """The manifest cannot be used. One sentence that says which line and why."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of dataset.jsonl."""
+
+    file: Path
+    name: str  # unique; names cache files and messages
+    sha256: str  # of the picture file
+    caption: str
+    mask: Path | None
+    width: int  # pixels of the picture as it is
+    height: int
+    bucket: tuple[int, int]  # (width, height) in pixels that it is trained at
+
+
+def read_manifest(path: Path) -> list[Item]:
+    """The items of dataset.jsonl; relative paths start at its folder."""
+    items: list[Item] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            items.append(_item(json.loads(line), path.parent))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise DatasetError(f"{path}, line {number} is no picture record: {error!r}") from error
+    doubles = [name for name, count in Counter(item.name for item in items).items() if count > 1]
+    if doubles:
+        raise DatasetError(f"{path} uses a name for more than one picture: {', '.join(doubles)}")
+    return items
+
+
+def _item(record: Mapping[str, Any], root: Path) -> Item:
+    width, height = record["bucket"]
+    mask = record["mask"]
+    return Item(
+        file=root / record["file"],
+        name=str(record["name"]),
+        sha256=str(record["sha256"]),
+        caption=str(record["caption"]),
+        mask=None if mask is None else root / mask,
+        width=int(record["width"]),
+        height=int(record["height"]),
+        bucket=(int(width), int(height)),
+    )
+
+
+def load_pixels(item: Item) -> Tensor:
+    """[3, h, w] float32 in -1..1: scaled to cover the bucket, the rest cropped evenly from both sides."""
+    with Image.open(item.file) as picture:
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
+    fitted = ImageOps.fit(upright, item.bucket, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(fitted, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
+
+
+def load_mask(item: Item, latent_scale: int) -> Tensor | None:
+    """[1, H, W] in 0..1, cropped like the picture and averaged over each latent; None without a mask.
+
+    A mask that is black inside the crop says nothing to learn from: it is named in the log and left out.
+    """
+    if item.mask is None:
+        return None
+    with Image.open(item.mask) as picture:
+        upright = ImageOps.exif_transpose(picture).convert("L")
+    if upright.size != (item.width, item.height):
+        raise DatasetError(
+            f"the mask {item.mask.name} is {upright.size[0]}x{upright.size[1]} pixels, "
+            f"but its picture is {item.width}x{item.height}; they must be of one size"
+        )
+    fitted = ImageOps.fit(upright, item.bucket, Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32))[None] / 255.0
+    mask = nn.functional.avg_pool2d(pixels, latent_scale)
+    if not bool(mask.any()):
+        log.warning("the mask of %s is empty: the whole picture counts", item.name)
+        return None
+    return mask
+
+
+class Dataset:
+    """Index -> micro-batch, a pure function of (items, seed, index). A batch never mixes buckets.
+
+    Batches are always full. In a *round* of `batch_size` epochs each bucket of n pictures makes exactly n batches,
+    so every picture is seen equally often, and once in each epoch of its bucket. Each epoch has an order of its own.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        latents: Mapping[str, Tensor],
+        *,
+        batch_size: int,
+        seed: int,
+        caption_dropout: float = 0.0,
+        flipped: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Keep what batches are made of.
+
+        Args:
+            latents: picture name -> [C, H, W].
+            flipped: the same of the mirrored pictures; given, each picture is mirrored half of the time.
+            masks: picture name -> [1, H, W], for the pictures that have one.
+        """
+        if not items:
+            raise DatasetError("there are no pictures to train on")
+        self._items = list(items)
+        self._latents, self._flipped, self._masks = latents, flipped, masks
+        self._batch_size, self._seed, self._caption_dropout = batch_size, seed, caption_dropout
+        buckets: dict[tuple[int, int], list[int]] = {}
+        for index, item in enumerate(self._items):
+            buckets.setdefault(item.bucket, []).append(index)
+        self._buckets = [buckets[size] for size in sorted(buckets)]
+        self._plan: tuple[int, list[list[int]]] | None = None  # the last round, which index computes anew at will
+
+    def __len__(self) -> int:
+        """Pictures."""
+        return len(self._items)
+
+    def micro(self, index: int) -> Samples:
+        """Micro-batch `index`, 0 and up."""
+        round_, position = divmod(index, len(self._items))
+        chosen = [self._items[i] for i in self._round(round_)[position]]
+        generator = torch.Generator().manual_seed(derive(self._seed, "micro", index))
+        drop = torch.rand(len(chosen), generator=generator) < self._caption_dropout
+        mirror = torch.rand(len(chosen), generator=generator) < (0.0 if self._flipped is None else 0.5)
+        latents = [self._latent(item.name, bool(m)) for item, m in zip(chosen, mirror, strict=True)]
+        return Samples(
+            latents=torch.stack(latents),
+            captions=tuple("" if d else item.caption for item, d in zip(chosen, drop, strict=True)),
+            names=tuple(item.name for item in chosen),
+            mask=self._mask(chosen, latents, mirror.tolist()),
+        )
+
+    def _round(self, round_: int) -> list[list[int]]:
+        """The batches of a round, as item indices: n * batch_size pictures make n batches."""
+        if self._plan is not None and self._plan[0] == round_:
+            return self._plan[1]
+        queues = [self._queue(bucket, members, round_) for bucket, members in enumerate(self._buckets)]
+        turns = [bucket for bucket, members in enumerate(self._buckets) for _ in members]
+        order = _permutation(len(turns), derive(self._seed, "turns", round_))
+        batches = [next(queues[turns[i]]) for i in order]
+        self._plan = round_, batches
+        return batches
+
+    def _queue(self, bucket: int, members: Sequence[int], round_: int) -> Iterator[list[int]]:
+        """The batches of one bucket: batch_size epochs end to end, cut into batches."""
+        size = self._batch_size
+        stream: list[int] = []
+        for epoch in range(round_ * size, (round_ + 1) * size):
+            stream += [members[i] for i in _permutation(len(members), derive(self._seed, "epoch", bucket, epoch))]
+        return iter([stream[start : start + size] for start in range(0, len(stream), size)])
+
+    def _latent(self, name: str, mirrored: bool) -> Tensor:
+        return self._flipped[name] if mirrored and self._flipped is not None else self._latents[name]
+
+    def _mask(self, chosen: Sequence[Item], latents: Sequence[Tensor], mirror: Sequence[bool]) -> Tensor | None:
+        """[B, 1, H, W], ones for a picture without a mask; None when no picture of the dataset has one."""
+        if not self._masks:
+            return None
+        rows: list[Tensor] = []
+        for item, latent, mirrored in zip(chosen, latents, mirror, strict=True):
+            mask = self._masks.get(item.name)
+            if mask is None:
+                mask = torch.ones(1, *latent.shape[1:])
+            rows.append(mask.flip(-1) if mirrored else mask)
+        return torch.stack(rows)
+
+
+def _permutation(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

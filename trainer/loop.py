@@ -1,0 +1,144 @@
+"""The training loop: a generator that makes one optimizer update for each Step it yields.
+
+Words: a *step* is one optimizer update, a *micro* one forward and backward; `update` counts finished updates.
+Everything random is seeded from (seed, update, micro, rank), so a run resumed at `start` goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer.optim import effective_lr, set_lr
+from trainer.seed import derive
+from trainer.types import Adapter, Batch, Cond, Hook, ModelFamily, Objective, Samples, Step
+
+
+class Micros(Protocol):
+    """The dataset, as the loop sees it: micro-batch `index` is the same for ever."""
+
+    def micro(self, index: int) -> Samples: ...
+
+
+class Engine(Protocol):
+    """Where and how the arithmetic runs: device, precision, processes."""
+
+    device: torch.device
+    rank: int
+    processes: int
+
+    def autocast(self) -> AbstractContextManager[object]: ...
+    def backward(self, loss: Tensor) -> None: ...
+
+
+@dataclass
+class Run:
+    """All that the loop needs; trainer.run puts it together."""
+
+    family: ModelFamily
+    adapters: Sequence[Adapter]
+    components: Mapping[str, Sequence[tuple[str, nn.Parameter]]]  # "adapter", "rows" -> named parameters
+    optimizers: Mapping[str, Optimizer]  # one for each component
+    lr: Mapping[str, Callable[[float], float]]  # by component: progress in 0..1 -> learning rate
+    dataset: Micros
+    objective: Objective
+    encode: Callable[[Sequence[str]], Cond]  # captions -> cond, cached or live
+    hooks: Sequence[Hook]
+    steps: int
+    accumulate: int
+    max_grad_norm: float
+    seed: int
+    engine: Engine
+
+
+class NonFiniteLoss(ArithmeticError):  # noqa: N818  it names what happened
+    """The loss or a gradient is NaN or infinite. Parameters are as the update before left them."""
+
+    def __init__(self, what: str, step: int, names: Sequence[str]) -> None:
+        super().__init__(
+            f"{what} is not finite at step {step} (pictures: {', '.join(names)}). The run stopped, and this step "
+            "changed nothing; the newest checkpoint is good. Lower the learning rate, or widen the dtype."
+        )
+        self.step, self.names = step, tuple(names)
+
+
+def train(run: Run, start: int = 0) -> Iterator[Step]:
+    """Yield a Step after each update from `start` (updates already done) to run.steps."""
+    for hook in run.hooks:
+        hook.on_start(run)
+    for update in range(start, run.steps):
+        began = time.perf_counter()
+        micros = [_micro(run, update, micro) for micro in range(run.accumulate)]
+        extra = {key: value for hook in run.hooks for key, value in hook.on_gradients(run, update).items()}
+        norms = {component: _clip(run, component) for component in run.components}
+        names = [name for micro in micros for name in micro.names]
+        for component, norm in norms.items():
+            if not math.isfinite(norm):
+                raise NonFiniteLoss(f"the gradient of {component}", update + 1, names)
+        for component, optimizer in run.optimizers.items():
+            set_lr(optimizer, run.lr[component](update / run.steps))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step = Step(
+            step=update + 1,
+            images=len(names) * run.engine.processes,
+            loss=sum(micro.loss for micro in micros) / len(micros),
+            terms={key: sum(micro.terms[key] for micro in micros) / len(micros) for key in micros[0].terms},
+            grad_norm=norms,
+            lr={component: effective_lr(optimizer) for component, optimizer in run.optimizers.items()},
+            seconds=time.perf_counter() - began,
+            extra=extra,
+        )
+        for hook in run.hooks:
+            hook.on_step(run, step)
+        yield step
+    for hook in run.hooks:
+        hook.on_end(run)
+
+
+@dataclass(frozen=True)
+class _Micro:
+    loss: float
+    terms: Mapping[str, float]
+    names: tuple[str, ...]
+
+
+def _micro(run: Run, update: int, micro: int) -> _Micro:
+    """One forward and backward; its gradients are added to what the parameters hold."""
+    engine = run.engine
+    samples = run.dataset.micro((update * run.accumulate + micro) * engine.processes + engine.rank)
+    seed = derive(run.seed, "micro", update, micro, engine.rank)
+    torch.manual_seed(seed)  # for layers that draw, such as an adapter's dropout
+    with engine.autocast():
+        batch = Batch(
+            latents=samples.latents.to(engine.device),
+            cond=run.encode(samples.captions),
+            names=samples.names,
+            generator=torch.Generator().manual_seed(seed),
+            mask=None if samples.mask is None else samples.mask.to(engine.device),
+        )
+        loss = run.objective(run.family.predict, batch)
+        penalties = [penalty for adapter in run.adapters if (penalty := adapter.penalty()) is not None]
+    total = torch.stack([loss.total, *penalties]).sum() if penalties else loss.total
+    value = total.item()
+    if not math.isfinite(value):
+        raise NonFiniteLoss("the loss", update + 1, samples.names)
+    engine.backward(total / run.accumulate)
+    terms = {key: term.item() for key, term in loss.terms.items()}
+    if penalties:
+        terms["penalty"] = value - loss.total.item()
+    return _Micro(value, terms, samples.names)
+
+
+def _clip(run: Run, component: str) -> float:
+    """Clip the gradients of a component to run.max_grad_norm; the norm that they had."""
+    parameters = [parameter for _, parameter in run.components[component]]
+    return torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm).item()
