@@ -1,0 +1,193 @@
+"""Textual inversion: vectors of their own for the trigger, joined to the frozen token table at lookup.
+
+Only the new rows [n, D] exist as parameters (arXiv 2208.01618, without its reset of the old table).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+
+from trainer.adapters.lora import check_names
+from trainer.adapters.similarity import approach_pictures
+from trainer.args import TextArgs
+from trainer.types import BaseModelError, ModelFamily
+
+
+class RowEmbedding(nn.Module):
+    """A token table whose ids from the frozen vocabulary on are rows of a parameter."""
+
+    def __init__(self, table: nn.Embedding, rows: Tensor) -> None:
+        super().__init__()
+        self.table = table
+        self.rows = nn.Parameter(rows)
+        self.vocab = table.num_embeddings
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole table, old and new, as programs that inspect an embedding expect."""
+        return torch.cat([self.table.weight, self.rows.to(self.table.weight)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, L, D] in the table's dtype."""
+        new = ids >= self.vocab
+        old: Tensor = self.table(ids.masked_fill(new, 0))
+        rows = self.rows.to(old.dtype)[(ids - self.vocab).clamp(min=0)]
+        return torch.where(new.unsqueeze(-1), rows, old)
+
+
+class TextualInversion:
+    """Learns `args.tokens` vectors for `trigger` in every text encoder of a family.
+
+    The trigger, where it stands as a word in a prompt, is replaced by placeholder tokens.
+    """
+
+    component = "rows"
+
+    def __init__(self, args: TextArgs, trigger: str, seed: int, pictures: Sequence[Tensor] | None = None) -> None:
+        """`pictures` ([3, h, w] each, -1..1) are needed by the similarity start alone."""
+        if args.tokens < 1:
+            raise ValueError(f"text.tokens is {args.tokens}; textual inversion needs at least 1")
+        self.args = args
+        self.trigger = trigger
+        self.placeholders = [f"<concept-{i}>" for i in range(args.tokens)]
+        self._word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
+        self._seed = seed
+        self._pictures = pictures
+        self._on = True
+        self._family: ModelFamily | None = None
+        self._embeddings: dict[str, RowEmbedding] = {}
+        self._tokenizers: dict[str, Any] = {}  # the family's own, put back by detach
+        self._targets: dict[str, Tensor] = {}  # mean std of the frozen rows
+
+    def attach(self, family: ModelFamily) -> list[tuple[str, nn.Parameter]]:
+        """Gives every text encoder its rows and every tokenizer the placeholders."""
+        if self._family is not None:
+            raise RuntimeError("this textual inversion is attached already; detach it first")
+        starts = {key: self._start(key, family) for key in family.text_encoders}
+        for key, encoder in family.text_encoders.items():
+            self._tokenizers[key] = family.tokenizers[key]
+            family.tokenizers[key] = self._with_placeholders(family.tokenizers[key])
+            text: Any = encoder
+            table = text.get_input_embeddings()
+            self._targets[key] = table.weight.float().std(dim=1).mean()
+            self._embeddings[key] = RowEmbedding(table, starts[key].to(table.weight.device))
+            text.set_input_embeddings(self._embeddings[key])
+        family.prompt_rules.append(self.expand)
+        self._family = family
+        return [(f"{key}.rows", embedding.rows) for key, embedding in self._embeddings.items()]
+
+    def detach(self) -> None:
+        """Puts the family's own tables and tokenizers back."""
+        if self._family is None:
+            return
+        for key, embedding in self._embeddings.items():
+            text: Any = self._family.text_encoders[key]
+            text.set_input_embeddings(embedding.table)
+            self._family.tokenizers[key] = self._tokenizers[key]
+        self._family.prompt_rules.remove(self.expand)
+        self._family, self._embeddings, self._tokenizers, self._targets = None, {}, {}, {}
+
+    def expand(self, prompt: str) -> str:
+        """The prompt with the trigger, as a word, replaced by its placeholder tokens."""
+        if not self._on:
+            return prompt
+        tokens = "".join(self.placeholders)
+        return self._word.sub(lambda _: tokens, prompt)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Rows by the name that `attach` gave them (detached, sharing memory)."""
+        return {f"{key}.rows": embedding.rows.detach() for key, embedding in self._embeddings.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copies `state` into the rows; ValueError where it does not fit."""
+        mine = {f"{key}.rows": embedding.rows for key, embedding in self._embeddings.items()}
+        check_names(state, mine)
+        for name, rows in mine.items():
+            rows.copy_(state[name])
+
+    @contextmanager
+    def disabled(self) -> Generator[None]:
+        """Inside, the trigger is the plain text that it is to the base."""
+        before, self._on = self._on, False
+        try:
+            yield
+        finally:
+            self._on = before
+
+    @contextmanager
+    def scaled(self, strength: float) -> Generator[None]:
+        """Token rows have no strength, in the programs that load them as here: they stay on at every `strength`."""
+        yield
+
+    def penalty(self) -> Tensor | None:
+        """std_weight * mean over rows of (std / the table's mean std - 1)^2."""
+        if self.args.std_weight == 0 or not self._embeddings:
+            return None
+        terms = [std_penalty(e.rows, self._targets[key].to(e.rows.device)) for key, e in self._embeddings.items()]
+        return self.args.std_weight * torch.stack(terms).mean()
+
+    def rows(self) -> Mapping[str, Tensor]:
+        """Text encoder -> [n, D], for export."""
+        return {key: embedding.rows.detach() for key, embedding in self._embeddings.items()}
+
+    def _with_placeholders(self, tokenizer: Any) -> Any:
+        grown = copy.deepcopy(tokenizer)
+        grown.add_tokens([AddedToken(token, normalized=False) for token in self.placeholders])
+        ids: list[int] = grown.convert_tokens_to_ids(self.placeholders)
+        if ids != list(range(len(tokenizer), len(tokenizer) + len(ids))):
+            raise BaseModelError(f"the base's tokenizer knows {self.placeholders[0]} already; it cannot be trained on")
+        return grown
+
+    def _start(self, key: str, family: ModelFamily) -> Tensor:
+        """[n, D] float32 on the CPU, by `args.init`."""
+        text: Any = family.text_encoders[key]
+        table: Tensor = text.get_input_embeddings().weight.detach().float().cpu()
+        if self.args.init == "words" or (self.args.init == "similarity" and self.args.init_words):
+            rows = word_rows(table, family.tokenizers[key], self.args.init_words or "", self.args.tokens)
+        else:
+            rows = random_rows(table, self.args.tokens, self._seed)
+        if self.args.init != "similarity":
+            return rows
+        if key not in family.clip_folders:
+            raise BaseModelError(
+                f"text.init is similarity, but the base has no CLIP for its {key}; "
+                "take init random or words, or put a CLIPModel that shares the text tower into the base's clip folder"
+            )
+        if not self._pictures:
+            raise ValueError("text.init is similarity, which needs the training pictures, and none were given")
+        grown = self._with_placeholders(family.tokenizers[key])
+        prompt = "a photo of " + "".join(self.placeholders)
+        ids = torch.tensor([grown(prompt).input_ids[: grown.model_max_length]])
+        return approach_pictures(
+            family.clip_folders[key], rows, ids, self._pictures, end_id=grown.eos_token_id, wrap=RowEmbedding
+        )
+
+
+def random_rows(table: Tensor, count: int, seed: int) -> Tensor:
+    """Gaussian rows [count, D] with the mean std of the table's rows."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, table.shape[1], generator=generator)
+    rows = (rows - rows.mean(dim=1, keepdim=True)) / rows.std(dim=1, keepdim=True)
+    return rows * table.std(dim=1).mean()
+
+
+def word_rows(table: Tensor, tokenizer: Any, words: str, count: int) -> Tensor:
+    """`count` copies [count, D] of the mean row of the words' tokens."""
+    ids: list[int] = tokenizer(words, add_special_tokens=False).input_ids
+    if not ids:
+        raise BaseModelError(f"text.init_words {words!r} holds no token that the base knows")
+    return table[ids].mean(dim=0, keepdim=True).repeat(count, 1)
+
+
+def std_penalty(rows: Tensor, target: Tensor) -> Tensor:
+    """Mean squared relative distance of the rows' std from `target`."""
+    return ((rows.std(dim=1) / target - 1) ** 2).mean()

@@ -1,0 +1,214 @@
+"""Trained tensors to the files that clients load: kohya, diffusers, embeddings, and a note for who gets them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from trainer.args import TrainArgs
+from trainer.rundir import atomic_write
+from trainer.types import Adapter, ClientNames, HasLora, HasRows, LoraTensors, ModelFamily
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as modelspec spells them
+Modules = Mapping[tuple[str, str], LoraTensors]
+
+
+class ExportError(RuntimeError):
+    """Something trained that a file cannot hold. The message lists it."""
+
+
+def export(folder: Path, name: str, family: ModelFamily, adapters: Sequence[Adapter], args: TrainArgs) -> list[Path]:
+    """Writes all that was trained into `folder`, in the base's dtype, each file whole or not at all.
+
+    Returns:
+        The files: `<name>.safetensors` (kohya), `pytorch_lora_weights.safetensors` (diffusers),
+        `<name>_embedding.safetensors`, README.md; those that apply.
+
+    Raises:
+        ExportError: a tensor has no name in these layouts, or is not finite. Nothing is written then.
+    """
+    dtype, clients = DTYPES[args.model.dtype], family.clients
+    facts = _facts(name, family, args)
+    files: dict[str, bytes] = {}
+    for adapter in adapters:
+        if isinstance(adapter, HasLora):
+            modules = adapter.modules()
+            files[f"{name}.safetensors"] = _pack(
+                kohya_state(modules, clients), {**facts, **_lora_facts(modules)}, dtype
+            )
+            extra = {"format": "pt", "lora_adapter_metadata": diffusers_metadata(modules, clients)}
+            files["pytorch_lora_weights.safetensors"] = _pack(diffusers_state(modules, clients), extra, dtype)
+        elif isinstance(adapter, HasRows):
+            kind = {"modelspec.architecture": f"{clients.architecture}/textual-inversion"}
+            state = embedding_state(adapter.rows(), clients)
+            files[f"{embedding_name(name)}.safetensors"] = _pack(state, {**_modelspec(facts), **kind}, dtype)
+        elif adapter.state_dict():
+            raise ExportError(f"no layout is known for: {', '.join(sorted(adapter.state_dict()))}")
+    files["README.md"] = _note(name, args, set(files), adapters).encode()
+    for file, data in files.items():
+        atomic_write(folder / file, data)
+    return [folder / file for file in files]
+
+
+def kohya_state(modules: Modules, clients: ClientNames) -> dict[str, Tensor]:
+    """`<kohya name>.lora_down.weight`, `.lora_up.weight` and `.alpha` (0-d) for each module."""
+    state: dict[str, Tensor] = {}
+    for (component, path), tensors in modules.items():
+        key = clients.kohya(component, path)
+        state[f"{key}.lora_down.weight"] = tensors.down
+        state[f"{key}.lora_up.weight"] = tensors.up
+        state[f"{key}.alpha"] = torch.tensor(tensors.alpha)
+    if len(state) != 3 * len(modules):
+        raise ExportError("two modules share one kohya name; this denoiser cannot be written in the kohya layout")
+    return state
+
+
+def diffusers_state(modules: Modules, clients: ClientNames) -> dict[str, Tensor]:
+    """`unet.<path>.lora_A.weight` and `.lora_B.weight` for each module."""
+    state: dict[str, Tensor] = {}
+    for (component, path), tensors in modules.items():
+        key = clients.diffusers(component, path)
+        state[f"{key}.lora_A.weight"] = tensors.down
+        state[f"{key}.lora_B.weight"] = tensors.up
+    return state
+
+
+def diffusers_metadata(modules: Modules, clients: ClientNames) -> str:
+    """JSON of the LoraConfig arguments by component: in this layout it is what carries alpha."""
+    facts: dict[str, object] = {}
+    for component in dict.fromkeys(component for component, _ in modules):
+        own = {path: tensors for (c, path), tensors in modules.items() if c == component}
+        rank, alpha = _uniform(own)
+        prefix = clients.diffusers(component, "").split(".")[0]
+        facts |= {
+            f"{prefix}.r": rank,
+            f"{prefix}.lora_alpha": alpha,
+            f"{prefix}.target_modules": sorted(own),
+        }
+    return json.dumps(facts, sort_keys=True)
+
+
+def embedding_state(rows: Mapping[str, Tensor], clients: ClientNames) -> dict[str, Tensor]:
+    """[n, D] vectors under the key that clients expect for each text encoder."""
+    unknown = sorted(rows.keys() - clients.embeddings.keys())
+    if unknown:
+        raise ExportError(f"no client reads vectors of: {', '.join(unknown)}")
+    return {clients.embeddings[encoder]: vectors for encoder, vectors in rows.items()}
+
+
+def embedding_name(name: str) -> str:
+    """The word that stands for the file in a prompt: clients take the file's name, and stop at signs."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name) + "_embedding"
+
+
+def _uniform(modules: Mapping[str, LoraTensors]) -> tuple[int, float]:
+    """The one rank and alpha of all modules."""
+    found = {(tensors.down.shape[0], tensors.alpha) for tensors in modules.values()}
+    if len(found) != 1:
+        raise ExportError(f"the modules differ in (rank, alpha): {sorted(found)}; one pair can be written")
+    return found.pop()
+
+
+def _pack(state: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype) -> bytes:
+    """A safetensors file; alphas (0-d) stay float32."""
+    tensors = {key: (t.float() if t.ndim == 0 else t.to(dtype)).cpu().contiguous() for key, t in state.items()}
+    bad = sorted(key for key, tensor in tensors.items() if not bool(tensor.isfinite().all()))
+    if bad:
+        raise ExportError(f"{len(bad)} tensors are not finite, so nothing was exported: {', '.join(bad[:3])}")
+    return save(tensors, dict(metadata))
+
+
+def _facts(name: str, family: ModelFamily, args: TrainArgs) -> dict[str, str]:
+    """What file managers show. No path, user or time goes in."""
+    resolution = args.data.resolution or family.resolution
+    return {
+        "ss_base_model_version": family.clients.base_version,
+        "ss_network_module": "networks.lora",
+        "ss_output_name": name,
+        "ss_sd_model_name": _base_name(args),
+        "ss_resolution": f"({resolution}, {resolution})",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{family.clients.architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": PREDICTIONS[family.path.target],
+        "modelspec.trigger_phrase": args.data.trigger,
+    }
+
+
+def _lora_facts(modules: Modules) -> dict[str, str]:
+    rank, alpha = _uniform({f"{component}.{path}": tensors for (component, path), tensors in modules.items()})
+    return {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+
+
+def _modelspec(facts: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in facts.items() if key.startswith("modelspec.")}
+
+
+def _base_name(args: TrainArgs) -> str:
+    """The last part of the base's path or hub id."""
+    return PurePath(args.model.base.replace("\\", "/")).name or args.model.base
+
+
+def _note(name: str, args: TrainArgs, files: set[str], adapters: Sequence[Adapter]) -> str:
+    """README.md for the person who gets the files."""
+    lora, embedding = f"{name}.safetensors" in files, embedding_name(name)
+    rows = f"{embedding}.safetensors" in files
+    trigger = args.data.trigger
+    lines = [f"# {name}", "", f"Made for prompts like: *{args.data.caption}*", "", f"- base model: {_base_name(args)}"]
+    lines.append(f"- trigger: `{trigger}`")
+    for adapter in adapters:
+        if isinstance(adapter, HasLora):
+            rank, alpha = _uniform({f"{c}.{p}": t for (c, p), t in adapter.modules().items()})
+            lines.append(f"- LoRA of rank {rank}, alpha {alpha:g}, on {args.adapter.targets.replace('+', ', ')}")
+        elif isinstance(adapter, HasRows):
+            count = max(len(vectors) for vectors in adapter.rows().values())
+            lines.append(f"- {count} token vectors that stand for the trigger")
+    lines += ["", *_ui_lines(name, trigger, lora, embedding if rows else None), ""]
+    lines += ["## diffusers", "", "```python", *_diffusers_lines(trigger, lora, embedding if rows else None), "```", ""]
+    return "\n".join(lines)
+
+
+def _ui_lines(name: str, trigger: str, lora: bool, embedding: str | None) -> list[str]:
+    comfy = f"embedding:{embedding}" if embedding else trigger
+    word = embedding or trigger
+    lines = ["## ComfyUI", ""]
+    if lora:
+        lines.append(f"Put `{name}.safetensors` into `models/loras` and load it with *Load LoRA*.")
+    if embedding:
+        lines.append(f"Put `{embedding}.safetensors` into `models/embeddings`.")
+    lines += [f"In the prompt write `{comfy}` where the concept stands.", "", "## AUTOMATIC1111, Forge", ""]
+    if lora:
+        lines.append(f"Put `{name}.safetensors` into `models/Lora` and write `<lora:{name}:1>` in the prompt.")
+    if embedding:
+        lines.append(f"Put `{embedding}.safetensors` into `embeddings`.")
+    lines.append(f"In the prompt write `{word}` where the concept stands.")
+    return lines
+
+
+def _diffusers_lines(trigger: str, lora: bool, embedding: str | None) -> list[str]:
+    lines: list[str] = []
+    word = diffusers_token(trigger) if embedding else trigger
+    if lora:
+        lines.append('pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")')
+    if embedding:
+        lines.append(f'pipe.load_textual_inversion("{embedding}.safetensors", token={json.dumps(word)})')
+    lines.append(f"picture = pipe({json.dumps(f'a photo of {word}')}).images[0]")
+    return lines
+
+
+def diffusers_token(trigger: str) -> str:
+    """A token under which diffusers uses all the vectors, of a prompt that spells it the same way.
+
+    CLIP's tokenizer lowers case, and diffusers then looks for the lowered token in the prompt as written: with a
+    capital in it only the first vector is used, without a message. The brackets keep it from matching inside words.
+    """
+    return f"<{trigger.strip('<>').lower()}>"
