@@ -1,0 +1,60 @@
+"""What the pages say is so: their example works, and they name what is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from trainer.args import TrainArgs
+from trainer.run import opened
+from trainer.rundir import RunDir
+
+ROOT = Path(__file__).parents[1]
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_hook_of_adding_a_part_trains(tmp_path: Path, tiny_base: Path, tiny_pictures: Path) -> None:
+    match = re.search(r"```python\n# (?P<file>\w+\.py)\n(?P<code>.*?)```", page("docs/adding-a-part.md"), re.DOTALL)
+    assert match
+    file = tmp_path / match["file"]
+    file.write_text(match["code"], encoding="utf-8")
+    args = TrainArgs.model_validate(
+        {
+            "data": {"source": str(tiny_pictures), "resolution": 32},
+            "model": {"base": str(tiny_base)},
+            "sample": {"steps": 1},
+            "hooks": {"tensorboard": False, "extra": [f"{file}:Largest"]},
+            "runtime": {"out": str(tmp_path), "steps": 2, "batch_size": 2, "device": "cpu"},
+        }
+    )
+    with opened(args) as session:
+        assert [step.step for step in session.steps()] == [1, 2]
+        largest = max(p.detach().abs().max().item() for _, p in session.run.components["adapter"])
+    logged = [json.loads(line)["extra"]["largest_adapter"] for line in session.dir.metrics.read_text().splitlines()]
+    assert len(logged) == 2
+    assert 0 < logged[0] < 2 * largest
+
+
+def test_the_run_directory_page_names_every_path() -> None:
+    run = RunDir(Path("R"))
+    paths = [value for name in vars(RunDir) if isinstance(value := getattr(run, name), Path) and value != run.root]
+    assert len(paths) > 10
+    assert not [path for path in paths if path.name not in page("docs/run-directory.md")]
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/architecture.md", "docs/adding-a-part.md", "docs/run-directory.md"]
+)
+def test_paths_and_links_lead_somewhere(name: str) -> None:
+    text = re.sub(r"<!--.*?-->", "", page(name), flags=re.DOTALL)
+    links = [ROOT / name / ".." / target for target in re.findall(r"\]\(([^)#:]+)\)", text)]
+    files = [
+        ROOT / found for found in re.findall(r"`((?:trainer|preprocess|tests|testbed|docs|presets)/[\w./-]*)`", text)
+    ]
+    assert not [str(path) for path in links + files if not path.resolve().exists()]

@@ -1,0 +1,89 @@
+"""Where a run happens: versions, device, git state, the base on the disk, its digests. It becomes env.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.rundir import atomic_write
+from trainer.types import BaseModelError, ModelFamily
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "prodigyopt", "numpy", "pillow")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe(family: ModelFamily, device: torch.device) -> dict[str, Any]:
+    """Facts as JSON, with no path and no name of a user in them."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "git": _git(),
+        "base": base_digests(family),
+    }
+
+
+def record(path: Path, family: ModelFamily, device: torch.device, start: int) -> None:
+    """env.json of the first process; each later one joins its list, once the base has proved the same.
+
+    Raises:
+        BaseModelError: the base has other weights than when the run began.
+    """
+    now = describe(family, device)
+    if not path.is_file():
+        atomic_write(path, json.dumps({**now, "resumed": []}, indent=2) + "\n")
+        return
+    first: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    other = [part for part, value in now["base"].items() if first["base"].get(part) != value]
+    if other:
+        raise BaseModelError(
+            f"the base has changed since this run began ({', '.join(other)} differ); give it the same base"
+        )
+    if first["packages"] != now["packages"]:
+        log.warning("other package versions than when this run began: results can differ in their last bits")
+    first["resumed"].append({**now, "step": start})
+    atomic_write(path, json.dumps(first, indent=2) + "\n")
+
+
+def base_digests(family: ModelFamily) -> dict[str, str]:
+    """Digest of each part of the base, by name."""
+    return {part: family.fingerprint(part) for part in ("denoiser", "vae", *family.text_encoders)}
+
+
+def located(base: str) -> str:
+    """The absolute path of a local base, found from here or beside the project; a hub id as it is."""
+    path = Path(base).expanduser()
+    return next((str(there.absolute()) for there in (path, ROOT / path) if there.exists()), base)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and whether files differ from it; None where this is no git checkout or git is missing."""
+    try:
+        commit = _git_says("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git_says("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git_says(*words: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()

@@ -1,0 +1,341 @@
+"""The composition root: args -> a `Session` that trains, exports and reports. The only room that knows them all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+import preprocess
+from trainer import cache, checkpoint, console, environment, export, optim, registry, report
+from trainer.adapters import ADAPTERS
+from trainer.adapters.textual_inversion import TextualInversion
+from trainer.args import RuntimeArgs, TrainArgs
+from trainer.dataset import Dataset, Item, load_mask, load_pixels, read_manifest
+from trainer.hooks import HOOKS, Context, Hook
+from trainer.hooks.checkpoints import Checkpoints, digest, fixed
+from trainer.loop import Run, train
+from trainer.models import FAMILIES
+from trainer.objectives import OBJECTIVES
+from trainer.rundir import RunDir, atomic_write
+from trainer.types import Adapter, Cond, ModelFamily, Step
+
+log = logging.getLogger(__name__)
+
+STANDARD_HOOKS = ("qk_gradients", "metrics", "checkpoints", "samples", "progress")
+FP16_LOSS_SCALE = 1024.0
+
+
+class RunError(ValueError):
+    """Args that contradict the base, the machine or the run that they should continue. One sentence."""
+
+
+class Engine:
+    """Accelerate, as the loop sees it: device, precision, backward."""
+
+    def __init__(self, runtime: RuntimeArgs, dtype: str) -> None:
+        _check_device(runtime.device)
+        if runtime.threads is not None:
+            torch.set_num_threads(runtime.threads)
+        mixed = "bf16" if dtype == "bf16" else "no"
+        self._accelerator = Accelerator(mixed_precision=mixed, cpu=runtime.device == "cpu")
+        self.device: torch.device = self._accelerator.device
+        self.rank: int = self._accelerator.process_index
+        self.processes: int = self._accelerator.num_processes
+        if self.processes > 1:
+            raise RunError(f"this was started as {self.processes} processes; train with one")
+        self._scale = FP16_LOSS_SCALE if dtype == "fp16" else 1.0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self._accelerator.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss * self._scale)
+
+    def release(self) -> None:
+        """Accelerate keeps its choice of device and precision for the process, which would bind the next run."""
+        AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
+
+    def watch(self, parameter: nn.Parameter) -> None:
+        """With fp16 weights small gradients would vanish on their way: they travel scaled and arrive unscaled."""
+        if self._scale != 1.0:
+            parameter.register_hook(self._unscaled)
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient / self._scale
+
+
+@dataclass
+class Session:
+    """One process of a run. `steps` does the work while it is iterated."""
+
+    args: TrainArgs  # resolved
+    dir: RunDir
+    run: Run
+    start: int  # updates done before
+
+    def steps(self) -> Iterator[Step]:
+        """Yields after each update; then the sample rows, the exports and the report are made."""
+        yield from train(self.run, self.start)
+        files = export.export(self.dir.export, self.args.runtime.name, self.run.family, self.run.adapters, self.args)
+        report.write(self.dir)
+        log.info("done: %s", ", ".join(str(path) for path in [*files, self.dir.report]))
+
+    def checkpoint(self, step: int) -> Path:
+        """Saves where the run is, between two updates."""
+        return next(hook for hook in self.run.hooks if isinstance(hook, Checkpoints)).save(self.run, step)
+
+
+@contextmanager
+def opened(args: TrainArgs, *, code: bool = True) -> Generator[Session]:
+    """A new run, ready to train. Its directory is made here and never overwritten.
+
+    Args:
+        code: False refuses specs that would import code that the args chose.
+
+    Raises:
+        RunDirError, RunError, BaseModelError, PreprocessError, PartError: bad input; nothing is left behind.
+    """
+    args = _located(args)
+    root = Path(args.runtime.out) / args.runtime.name
+    if root.exists():
+        RunDir.create(root)  # refuses, before a model is loaded
+    parts = _parts(args, code=code)
+    with _ready(args, parts) as (family, engine):
+        run_dir = RunDir.create(root)
+        try:
+            with console.logged(run_dir.log):
+                atomic_write(run_dir.args, _json(args.model_dump(mode="json")))
+                session = _session(args, run_dir, family, engine, parts)
+                with _closing(session):
+                    yield session
+        except BaseException:
+            if not run_dir.env.exists():  # nothing was trained: the name is free again once the input is right
+                shutil.rmtree(root, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def resumed(root: Path, args: TrainArgs | None = None, *, code: bool = True) -> Generator[Session]:
+    """The run in `root`, continued from its newest complete checkpoint (from the start if there is none).
+
+    Args:
+        args: what the run's own args were changed to; None changes nothing.
+
+    Raises:
+        RunDirError: `root` holds no run.
+        RunError: args differ in an option that a run cannot change, or the base is another one now.
+    """
+    run_dir = RunDir.open(root)
+    saved = TrainArgs.model_validate_json(run_dir.args.read_text(encoding="utf-8"))
+    args = _located(args or saved)
+    _check_same(saved, args, root)
+    parts = _parts(args, code=code)
+    with _ready(args, parts) as (family, engine), console.logged(run_dir.log):
+        session = _session(args, run_dir, family, engine, parts)
+        with _closing(session):
+            yield session
+
+
+def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> TrainArgs:
+    """The tree with every derived value filled in; resolving it again changes nothing."""
+    pictures = len(items)
+    captions = tuple(dict.fromkeys(item.caption for item in items))[:4]
+    prompts = tuple(prompt.replace("{trigger}", args.data.trigger) for prompt in args.sample.prompts)
+    return args.model_copy(
+        update={
+            "adapter": args.adapter.model_copy(update={"alpha": args.adapter.alpha or float(args.adapter.rank)}),
+            "data": args.data.model_copy(update={"resolution": args.data.resolution or family.resolution}),
+            "runtime": args.runtime.model_copy(
+                update={"steps": args.runtime.steps or min(2000, max(300, 30 * pictures))}
+            ),
+            "sample": args.sample.model_copy(update={"prompts": prompts or captions}),
+        }
+    )
+
+
+def _located(args: TrainArgs) -> TrainArgs:
+    """The tree with local paths made absolute, so that it means the same wherever it is fed back."""
+    config = environment.located(args.model.config) if args.model.config else None
+    return args.model_copy(
+        update={
+            "data": args.data.model_copy(update={"source": environment.located(args.data.source)}),
+            "model": args.model.model_copy(update={"base": environment.located(args.model.base), "config": config}),
+        }
+    )
+
+
+# --- putting a run together
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The classes that the args name, found before anything is loaded or written."""
+
+    family: Any
+    adapter: Any  # None for adapter.kind none
+    objective: Any
+    hooks: tuple[type[Hook], ...]
+
+
+def _parts(args: TrainArgs, *, code: bool) -> _Parts:
+    adapter = args.adapter.kind
+    names = [*STANDARD_HOOKS, *(["tensorboard"] if args.hooks.tensorboard else []), *args.hooks.extra]
+    hooks: list[type[Hook]] = []
+    for name in dict.fromkeys(names):
+        kind: Any = registry.load(HOOKS, name, "hooks.extra", code=code)
+        if not (isinstance(kind, type) and issubclass(kind, Hook)):
+            raise registry.PartError(f"hooks.extra {name!r} is no subclass of trainer.hooks.Hook")
+        hooks.append(kind)
+    return _Parts(
+        family=registry.load(FAMILIES, args.model.family, "model.family", code=code),
+        adapter=None if adapter == "none" else registry.load(ADAPTERS, adapter, "adapter.kind", code=code),
+        objective=registry.load(OBJECTIVES, args.objective.kind, "objective.kind", code=code),
+        hooks=tuple(hooks),
+    )
+
+
+@contextmanager
+def _ready(args: TrainArgs, parts: _Parts) -> Generator[tuple[ModelFamily, Engine]]:
+    """The machine and the base, which are checked before anything is written."""
+    engine = Engine(args.runtime, args.model.dtype)
+    try:
+        yield parts.family.load(args.model, engine.device), engine
+    finally:
+        engine.release()
+
+
+def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engine, parts: _Parts) -> Session:
+    if not run_dir.dataset.exists():  # it is written last, so it is there whole or not at all
+        side = args.data.resolution or family.resolution
+        preprocess.build(args.data.source, run_dir.root, args.data, side, family.bucket_step)
+    items = read_manifest(run_dir.dataset)
+    args = resolve(args, family, items)
+    atomic_write(run_dir.args, _json(args.model_dump(mode="json")))
+    newest = run_dir.newest_checkpoint()
+    start = newest[0] if newest else 0
+    context = Context(run_dir, args, start, tuple(str(item.file) for item in items))
+    run = _run(context, family, engine, items, parts)
+    environment.record(run_dir.env, family, engine.device, start)
+    if newest:
+        checkpoint.load(newest[1], run.adapters, run.optimizers, digest(args))
+    log.info("%s: %d pictures, step %d of %d, on %s", run_dir.root, len(items), start, run.steps, engine.device)
+    return Session(args, run_dir, run, start)
+
+
+def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[Item], parts: _Parts) -> Run:
+    args, run_dir = context.args, context.dir
+    assert args.runtime.steps is not None  # resolved
+    try:
+        objective = parts.objective(args.objective, family.path)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    dataset = _dataset(args, run_dir, family, engine.device, items)  # before an adapter is attached
+    adapters = _adapters(args, items, parts)
+    try:
+        components = {adapter.component: adapter.attach(family) for adapter in adapters}
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    for named in components.values():
+        for _, parameter in named:
+            engine.watch(parameter)
+    sections = {name: getattr(args.optim, name) for name in components}
+    return Run(
+        family=family,
+        adapters=adapters,
+        components=components,
+        optimizers={name: optim.build(section, components[name]) for name, section in sections.items()},
+        lr={name: _curve(section) for name, section in sections.items()},
+        dataset=dataset,
+        objective=objective,
+        encode=_encode(args, run_dir, family, engine.device),
+        hooks=[hook(context) for hook in parts.hooks],
+        steps=args.runtime.steps,
+        accumulate=args.runtime.accumulate,
+        max_grad_norm=args.optim.max_grad_norm,
+        seed=args.runtime.seed,
+        engine=engine,
+    )
+
+
+def _dataset(
+    args: TrainArgs, run_dir: RunDir, family: ModelFamily, device: torch.device, items: Sequence[Item]
+) -> Dataset:
+    def latents(*, mirrored: bool) -> Mapping[str, Tensor]:
+        return cache.cache_latents(run_dir.cache / "latents", items, family, load_pixels, device, mirrored=mirrored)
+
+    masks = {item.name: load_mask(item, family.latent_scale) for item in items} if args.data.masks else {}
+    return Dataset(
+        items,
+        latents(mirrored=False),
+        batch_size=args.runtime.batch_size,
+        seed=args.runtime.seed,
+        caption_dropout=args.data.caption_dropout,
+        flipped=latents(mirrored=True) if args.data.flip else None,
+        masks={name: mask for name, mask in masks.items() if mask is not None} or None,
+    )
+
+
+def _adapters(args: TrainArgs, items: Sequence[Item], parts: _Parts) -> list[Adapter]:
+    adapters: list[Adapter] = []
+    if args.text.tokens:
+        pictures = [load_pixels(item) for item in items] if args.text.init == "similarity" else None
+        adapters.append(TextualInversion(args.text, args.data.trigger, args.runtime.seed, pictures))
+    if parts.adapter is not None:
+        adapters.append(parts.adapter(args.adapter, args.runtime.seed))
+    return adapters
+
+
+def _encode(
+    args: TrainArgs, run_dir: RunDir, family: ModelFamily, device: torch.device
+) -> Callable[[Sequence[str]], Cond]:
+    """Text is encoded live only while its rows are trained."""
+    return family.encode if args.text.tokens else cache.TextCache(run_dir.cache / "text", family, device)
+
+
+def _curve(section: Any) -> Callable[[float], float]:
+    return lambda progress: optim.lr_at(section, progress)
+
+
+# --- around a run
+
+
+def _check_device(device: str) -> None:
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not have.get(device, True):
+        raise RunError(f"runtime.device is {device}, which this machine does not have; use auto or cpu")
+
+
+def _check_same(saved: TrainArgs, args: TrainArgs, root: Path) -> None:
+    """Refuses args that would make another run of it, naming them."""
+    before, now = fixed(saved), fixed(args)
+    changed = [f"{name} (was {before[name]!r}, now {now[name]!r})" for name in before if before[name] != now[name]]
+    if changed:
+        raise RunError(f"a resumed run cannot change {', '.join(changed)}; start a new run, or resume {root} as it was")
+
+
+@contextmanager
+def _closing(session: Session) -> Generator[None]:
+    """However the run ends, files are closed and the base is as it was."""
+    try:
+        yield
+    finally:
+        for hook in session.run.hooks:
+            if isinstance(hook, Hook):
+                hook.close()
+        for adapter in reversed(session.run.adapters):
+            adapter.detach()
+
+
+def _json(tree: Mapping[str, Any]) -> str:
+    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
