@@ -13,6 +13,7 @@ run="runs/quickstart-$n"
 .venv/bin/python -m testbed score "$run"
 
 echo
-echo "pictures: $run/samples"
-echo "scores:   $run/report"
-echo "files:    $run/export"
+echo "grid:    $run/samples/grid.png"
+echo "scores:  $run/scores.json"
+echo "report:  $run/report.html"
+echo "files:   $run/export"

@@ -126,7 +126,7 @@ def worn(picture: Image.Image, rng: Rng) -> NDArray[Any]:
 
 
 class JudgeTask(Task):
-    steps, lr, decay_steps, weight_decay, ema = 2200, 2e-3, 1400, 0.01, 0.99
+    steps, lr, decay_steps, weight_decay, ema = 1500, 2e-3, 1000, 0.01, 0.99
 
     def __init__(self, knows: bool) -> None:
         self.knows = knows

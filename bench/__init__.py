@@ -1,0 +1,1 @@
+"""Benches: each writes JSON and prints a table."""

@@ -1,0 +1,155 @@
+"""How well held-out concepts are learned on the shipped base: python -m bench.quality.
+
+Trains every method with every seed, scores each run from its exported files, and writes
+bench/results/quality.json with every single figure, the means and the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "bench" / "results"
+METHODS: dict[str, list[str]] = {
+    "LoRA alone": ["--text.tokens", "0", "--optim.adapter.curve", "cosine"],
+    "textual inversion alone": ["--adapter.kind", "none", "--optim.rows.curve", "cosine"],
+    "pivotal": [],
+}
+SHOWN = (
+    "fidelity",
+    "alignment_colour",
+    "alignment_background",
+    "alignment_size",
+    "retention",
+    "leak",
+    "diversity",
+    "copies",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description="Quality of the quickstart's methods.")
+    parser.add_argument("--concept", default="mushroom")
+    parser.add_argument("--preset", default="presets/quickstart.json")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--out", type=Path, default=OUT / "quality.json")
+    args = parser.parse_args()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    results: dict[str, Any] = {"concept": args.concept, "preset": args.preset, "machine": machine(), "methods": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Path(folder) / f"{args.concept}.zip"
+        _zip(args.concept, pictures)
+        results["before"] = before(args.concept, pictures, Path(folder))
+        for method in args.methods:
+            runs = [one(method, seed, args, pictures, Path(folder)) for seed in range(args.seeds)]
+            results["methods"][method] = summary(runs)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(table(results))
+    return 0
+
+
+def _zip(concept: str, path: Path) -> None:
+    from testbed.concepts import write_zip
+
+    write_zip(path, concept)
+
+
+def one(method: str, seed: int, args: argparse.Namespace, pictures: Path, folder: Path) -> dict[str, Any]:
+    """Trains and scores one run in the way a person does."""
+    from testbed.runs import score_run
+
+    name = f"{method.split()[0].lower()}-{args.concept}-{seed}"
+    command = [
+        sys.executable,
+        "train.py",
+        args.preset,
+        str(pictures),
+        "--runtime.out",
+        str(folder),
+        "--runtime.name",
+        name,
+    ]
+    began = time.monotonic()
+    subprocess.run([*command, "--runtime.seed", str(seed), *METHODS[method]], cwd=ROOT, check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    scores = score_run(folder / name, args.concept)
+    print(
+        f"{method} seed {seed}: {seconds:.0f} s, " + ", ".join(f"{k} {scores.rows()[k]:.2f}" for k in SHOWN), flush=True
+    )
+    return {"seed": seed, "train_process_s": round(seconds, 1), **{k: round(v, 4) for k, v in scores.rows().items()}}
+
+
+def before(concept: str, pictures: Path, folder: Path) -> dict[str, float]:
+    """What the untrained base scores on the same prompts: the trigger is a word that it does not know."""
+    import io
+    import zipfile
+
+    from PIL import Image
+
+    from testbed.runs import GUIDANCE, STEPS
+    from testbed.score import Scorer
+    from trainer import sampler
+    from trainer.args import ModelArgs
+    from trainer.generate import device
+    from trainer.models.sd15 import SD15
+
+    with zipfile.ZipFile(pictures) as archive:
+        names = sorted(n for n in archive.namelist() if n.endswith(".png"))
+        references = [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in names]
+    family = SD15.load(ModelArgs.model_validate({"base": str(ROOT / "testbed" / "base")}), device("cpu"))
+    scores = Scorer(concept, references).score(
+        lambda prompts, seeds, _: sampler.generate(
+            family, list(prompts), seeds=list(seeds), steps=STEPS, guidance=GUIDANCE
+        )
+    )
+    return {k: round(v, 4) for k, v in scores.rows().items()}
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    figures = [k for k in runs[0] if k not in ("seed", "n")]
+    return {
+        "mean": {k: round(statistics.fmean(r[k] for r in runs), 4) for k in figures},
+        "spread": {k: round(max(r[k] for r in runs) - min(r[k] for r in runs), 4) for k in figures},
+        "runs": runs,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: mean and, in brackets, lowest..highest over the seeds."""
+    heads = ["", *[name.replace("_", " ") for name in SHOWN], "minutes"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines.append("| before training | " + " | ".join(f"{results['before'][k]:.2f}" for k in SHOWN) + " | |")
+    for method, result in results["methods"].items():
+        cells = []
+        for key in SHOWN:
+            values = [r[key] for r in result["runs"]]
+            cells.append(f"{result['mean'][key]:.2f} ({min(values):.2f}..{max(values):.2f})")
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {result['mean']['train_process_s'] / 60:.1f} |")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
