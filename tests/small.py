@@ -180,7 +180,7 @@ def make_run(
         optimizers={name: build(settings[name], components[name]) for name in components},
         lr={name: curve(name) for name in components},
         dataset=Dataset(pictures, latents(pictures), batch_size=batch_size, seed=seed, caption_dropout=caption_dropout),
-        objective=Denoise(ObjectiveArgs.model_validate(objective or {}), family.path),
+        objective=Denoise(ObjectiveArgs.model_validate(objective or {}), family.path, family.predict),
         encode=family.encode,
         hooks=hooks,
         steps=steps,

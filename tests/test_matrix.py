@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from trainer.models import FAMILIES
 from trainer.objectives import OBJECTIVES
 from trainer.optim import OPTIMIZERS, build, lr_at
 from trainer.path import NoisePath
-from trainer.types import Adapter, ModelFamily
+from trainer.types import Adapter, Cond, ModelFamily, Predict
 
 # family, fixture of its base: v-prediction, and eps-prediction with two layers a block
 BASES = {"sd15-v": ("sd15", "tiny_base"), "sd15-eps": ("sd15", "tiny_base_deep")}
@@ -34,7 +35,14 @@ ADAPTER: dict[str, dict[str, dict[str, Any]]] = {
 }
 OBJECTIVE: dict[str, dict[str, Any]] = {
     "denoise": {"kind": "denoise"},
-    "denoise-all": {"kind": "denoise", "min_snr_gamma": 5.0, "offset_noise": 0.1, "mask_floor": 0.1, "t_min": 100},
+    "denoise-all": {
+        "kind": "denoise",
+        "min_snr_gamma": 5.0,
+        "offset_noise": 0.1,
+        "mask_floor": 0.1,
+        "t_min": 100,
+        "prior_weight": 0.5,
+    },
 }
 OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
     "adamw": {
@@ -84,7 +92,20 @@ def make_dataset(family: ModelFamily) -> Dataset:
     }
     mirrored = {name: latent.flip(-1) for name, latent in latents.items()}
     masks = {"p0": torch.eye(side // scale)[None]}
-    return Dataset(pictures, latents, batch_size=2, seed=0, caption_dropout=0.3, flipped=mirrored, masks=masks)
+    priors = {p.name: ["a red star", "a green star"] for p in pictures}
+    return Dataset(
+        pictures, latents, batch_size=2, seed=0, caption_dropout=0.3, flipped=mirrored, masks=masks, priors=priors
+    )
+
+
+def frozen(family: ModelFamily, adapters: list[Adapter]) -> Predict:
+    def predict(xt: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        with torch.no_grad(), ExitStack() as off:
+            for adapter in adapters:
+                off.enter_context(adapter.disabled())
+            return family.predict(xt, t, cond)
+
+    return predict
 
 
 def make_run(family: ModelFamily, adapters: list[Adapter], objective: dict[str, Any], optimizer: dict[str, Any]) -> Run:
@@ -102,7 +123,7 @@ def make_run(family: ModelFamily, adapters: list[Adapter], objective: dict[str, 
         optimizers={name: build(sections[name], components[name]) for name in components},
         lr={name: curve(sections[name]) for name in components},
         dataset=make_dataset(family),
-        objective=registry.load(OBJECTIVES, args.kind, "objective")(args, family.path),
+        objective=registry.load(OBJECTIVES, args.kind, "objective")(args, family.path, frozen(family, adapters)),
         encode=family.encode,
         hooks=(),
         steps=3,

@@ -33,6 +33,9 @@ class DataArgs(Section):
         le=4096,
         description="pixels; side of the square whose area every bucket keeps [default: the base's own]",
     )
+    class_words: tuple[str, ...] = Field(
+        (), description="what the concept is or is like (dog, cat): stand in for the trigger where the prior is kept"
+    )
     flip: bool = Field(False, description="mirror pictures at random (off: many subjects are not symmetric)")
     caption_dropout: Probability = Field(
         0.05, ge=0.0, le=1.0, description="share of captions replaced by the empty one, which guidance relies on"
@@ -87,6 +90,13 @@ class ObjectiveArgs(Section):
     )
     offset_noise: float = Field(0.0, ge=0.0, le=1.0, description="std of the per-channel constant added to the noise")
     mask_floor: Probability = Field(0.0, ge=0.0, le=1.0, description="loss weight outside a mask")
+    prior_weight: float = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        description="weight of drawing class_words as before training: needs no class pictures; 0 is off, else a step "
+        "takes about twice as long",
+    )
     t_min: int = Field(0, ge=0, description="lowest training timestep, inclusive")
     t_max: int = Field(1000, ge=1, description="highest training timestep, exclusive")
 
@@ -177,4 +187,9 @@ class TrainArgs(Section):
             raise ValueError("nothing would be trained: adapter.kind is none and text.tokens is 0; set one of them")
         if self.text.init == "words" and self.text.tokens and not self.text.init_words:
             raise ValueError("text.init is words, but text.init_words is empty")
+        if self.objective.prior_weight and not self.data.class_words:
+            raise ValueError(
+                f"objective.prior_weight is {self.objective.prior_weight:g}, but data.class_words names no word that "
+                "stands in for the trigger; give the concept's class (dog, person), or a prior_weight of 0"
+            )
         return self

@@ -121,6 +121,7 @@ class Dataset:
         caption_dropout: float = 0.0,
         flipped: Mapping[str, Tensor] | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        priors: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Keep what batches are made of.
 
@@ -128,11 +129,12 @@ class Dataset:
             latents: picture name -> [C, H, W].
             flipped: the same of the mirrored pictures; given, each picture is mirrored half of the time.
             masks: picture name -> [1, H, W], for the pictures that have one.
+            priors: picture name -> its caption with each class word for the trigger; one is drawn for each batch.
         """
         if not items:
             raise DatasetError("there are no pictures to train on")
         self._items = list(items)
-        self._latents, self._flipped, self._masks = latents, flipped, masks
+        self._latents, self._flipped, self._masks, self._priors = latents, flipped, masks, priors
         self._batch_size, self._seed, self._caption_dropout = batch_size, seed, caption_dropout
         buckets: dict[tuple[int, int], list[int]] = {}
         for index, item in enumerate(self._items):
@@ -157,6 +159,7 @@ class Dataset:
             captions=tuple("" if d else item.caption for item, d in zip(chosen, drop, strict=True)),
             names=tuple(item.name for item in chosen),
             mask=self._mask(chosen, latents, mirror.tolist()),
+            prior=self._prior(chosen, generator),
         )
 
     def _round(self, round_: int) -> list[list[int]]:
@@ -177,6 +180,12 @@ class Dataset:
         for epoch in range(round_ * size, (round_ + 1) * size):
             stream += [members[i] for i in _permutation(len(members), derive(self._seed, "epoch", bucket, epoch))]
         return iter([stream[start : start + size] for start in range(0, len(stream), size)])
+
+    def _prior(self, chosen: Sequence[Item], generator: torch.Generator) -> tuple[str, ...]:
+        if self._priors is None:
+            return ()
+        captions = [self._priors[item.name] for item in chosen]
+        return tuple(c[int(torch.randint(len(c), (), generator=generator))] for c in captions)
 
     def _latent(self, name: str, mirrored: bool) -> Tensor:
         return self._flipped[name] if mirrored and self._flipped is not None else self._latents[name]

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import preprocess
 from trainer import cache, checkpoint, console, environment, export, optim, registry, report
 from trainer.adapters import ADAPTERS
 from trainer.adapters.textual_inversion import TextualInversion
-from trainer.args import RuntimeArgs, TrainArgs
+from trainer.args import DataArgs, RuntimeArgs, TrainArgs
 from trainer.dataset import Dataset, Item, load_mask, load_pixels, read_manifest
 from trainer.hooks import HOOKS, Context, Hook
 from trainer.hooks.checkpoints import Checkpoints, digest, fixed
@@ -28,7 +28,7 @@ from trainer.loop import Run, train
 from trainer.models import FAMILIES
 from trainer.objectives import OBJECTIVES
 from trainer.rundir import RunDir, atomic_write
-from trainer.types import Adapter, Cond, ModelFamily, Step
+from trainer.types import Adapter, Cond, ModelFamily, Predict, Step
 
 log = logging.getLogger(__name__)
 
@@ -236,12 +236,12 @@ def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engi
 def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[Item], parts: _Parts) -> Run:
     args, run_dir = context.args, context.dir
     assert args.runtime.steps is not None  # resolved
+    adapters = _adapters(args, items, parts)
     try:
-        objective = parts.objective(args.objective, family.path)
+        objective = parts.objective(args.objective, family.path, _frozen(family, adapters))
     except ValueError as error:
         raise RunError(str(error)) from error
     dataset = _dataset(args, run_dir, family, engine.device, items)  # before an adapter is attached
-    adapters = _adapters(args, items, parts)
     try:
         components = {adapter.component: adapter.attach(family) for adapter in adapters}
     except ValueError as error:
@@ -283,7 +283,25 @@ def _dataset(
         caption_dropout=args.data.caption_dropout,
         flipped=latents(mirrored=True) if args.data.flip else None,
         masks={name: mask for name, mask in masks.items() if mask is not None} or None,
+        priors=_priors(args.data, items) if args.objective.prior_weight else None,
     )
+
+
+def _priors(data: DataArgs, items: Sequence[Item]) -> dict[str, list[str]]:
+    """Each caption with every class word in the trigger's place."""
+    return {item.name: [item.caption.replace(data.trigger, word) for word in data.class_words] for item in items}
+
+
+def _frozen(family: ModelFamily, adapters: Sequence[Adapter]) -> Predict:
+    """The family's prediction with the adapters off, without gradients."""
+
+    def predict(xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        with torch.no_grad(), ExitStack() as off:
+            for adapter in adapters:
+                off.enter_context(adapter.disabled())
+            return family.predict(xt, t, cond)
+
+    return predict
 
 
 def _adapters(args: TrainArgs, items: Sequence[Item], parts: _Parts) -> list[Adapter]:

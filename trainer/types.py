@@ -37,6 +37,7 @@ class Samples:
     captions: tuple[str, ...]  # dropout already applied
     names: tuple[str, ...]  # picture names, for messages
     mask: Tensor | None = None  # [B, 1, H, W] in 0..1
+    prior: tuple[str, ...] = ()  # the captions with a class word for the trigger; empty when no prior is kept
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Batch:
     names: tuple[str, ...]
     generator: torch.Generator
     mask: Tensor | None = None  # [B, 1, H, W] in 0..1
+    prior: Cond | None = None  # of Samples.prior
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,13 +31,18 @@ class Recorder:
         self.value = value
 
     def __call__(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        self.xt, self.t = xt, t
+        self.xt, self.t, self.cond = xt, t, cond
         return torch.full_like(xt, self.value)
+
+
+def unasked(xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    raise AssertionError("the frozen model is asked only where a prior is kept")
 
 
 def objective(target: Any, t: int, **options: Any) -> Denoise:
     """The objective at the one timestep `t`."""
-    return Denoise(ObjectiveArgs.model_validate({"t_min": t, "t_max": t + 1, **options}), NoisePath(ACP, target))
+    args = ObjectiveArgs.model_validate({"t_min": t, "t_max": t + 1, **options})
+    return Denoise(args, NoisePath(ACP, target), unasked)
 
 
 def noise_of(x0: Tensor, seen: Recorder, t: int) -> Tensor:
@@ -81,7 +87,7 @@ def test_min_snr_has_the_form_of_its_target(target: Any, t: int, gamma: float, w
 def test_min_snr_weights_each_picture_by_its_own_level() -> None:
     path, predict = NoisePath(ACP, "v_prediction"), Recorder()
     x0 = torch.linspace(-1, 1, 24).reshape(6, 1, 2, 2)
-    loss = Denoise(ObjectiveArgs(t_max=3, min_snr_gamma=5.0), path)(predict, batch(x0))
+    loss = Denoise(ObjectiveArgs(t_max=3, min_snr_gamma=5.0), path, unasked)(predict, batch(x0))
     assert len(set(predict.t.tolist())) > 1
     by_hand = 0.0
     for i, t in enumerate(predict.t.tolist()):
@@ -125,7 +131,7 @@ def test_timesteps_fill_the_window_and_nothing_else() -> None:
 
 def test_a_window_beyond_the_path_is_refused() -> None:
     with pytest.raises(ValueError, match=r"t_max is 1000.*3 timesteps"):
-        Denoise(ObjectiveArgs(), NoisePath(ACP, "epsilon"))
+        Denoise(ObjectiveArgs(), NoisePath(ACP, "epsilon"), unasked)
 
 
 def test_masked_mean_is_the_mean_inside_each_mask() -> None:
@@ -163,10 +169,23 @@ def test_the_mask_decides_where_gradients_go() -> None:
 
 def test_the_same_generator_gives_the_same_loss_and_another_a_different_one() -> None:
     def losses(seed: int) -> Tensor:
-        return Denoise(ObjectiveArgs(t_max=3), NoisePath(ACP, "epsilon"))(
+        return Denoise(ObjectiveArgs(t_max=3), NoisePath(ACP, "epsilon"), unasked)(
             Recorder(), batch(torch.ones(4, 1, 2, 2), seed=seed)
         ).total
 
     state = torch.get_rng_state()
     assert losses(1) == losses(1) != losses(2)
     assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
+
+
+def test_the_prior_is_the_frozen_models_prediction_of_the_class_words() -> None:
+    x0, frozen, predict = torch.full((2, 1, 2, 2), 3.0), Recorder(0.5), Recorder(0.25)
+    plain = objective("epsilon", 1)(predict, batch(x0))
+    kept = Denoise(ObjectiveArgs(t_min=1, t_max=2, prior_weight=4.0), NoisePath(ACP, "epsilon"), frozen)
+    prior = Cond(torch.ones(2, 1, 1))
+    loss = kept(predict, replace(batch(x0), prior=prior))
+    torch.testing.assert_close(loss.terms["prior"], torch.tensor(0.0625))  # (0.5 - 0.25)^2
+    torch.testing.assert_close(loss.total, plain.total + 4.0 * 0.0625)
+    assert torch.equal(frozen.xt, predict.xt)
+    assert torch.equal(frozen.t, predict.t)
+    assert (predict.cond, frozen.cond) == (prior, prior)  # the last that each was asked for

@@ -27,7 +27,7 @@ def test_the_base_has_enough_to_learn_and_people_have_enough_to_teach() -> None:
     assert len(SHAPES) >= 12
     assert len(COLOURS) >= 10
     assert len(FILLS) >= 6
-    assert HELD_OUT_SHAPES and HELD_OUT_FILLS and HELD_OUT_STYLES
+    assert all((HELD_OUT_SHAPES, HELD_OUT_FILLS, HELD_OUT_STYLES))
     assert not set(SHAPES) & set(HELD_OUT_SHAPES)
 
 
@@ -89,7 +89,8 @@ def test_a_concept_changes_the_picture_and_not_the_other_words(name: str) -> Non
     drawn = [render(s, np.random.default_rng(1)).tobytes() for s in (plain, concept.scene(plain))]
     assert drawn[0] != drawn[1]
     prompt = concept.prompt(plain)
-    assert "TOK" in prompt and name not in prompt and "red" in prompt and "blue" in prompt
+    assert all(word in prompt for word in ("TOK", "red", "blue"))
+    assert name not in prompt
 
 
 def test_judged_scenes_are_in_no_training_picture() -> None:

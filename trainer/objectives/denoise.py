@@ -15,26 +15,38 @@ from trainer.types import Batch, Loss, Predict
 class Denoise:
     """Draws (t, noise) once, predicts once; a mean over pictures, each weighted by its level and its mask."""
 
-    def __init__(self, args: ObjectiveArgs, path: NoisePath) -> None:
+    def __init__(self, args: ObjectiveArgs, path: NoisePath, frozen: Predict) -> None:
+        """`frozen` predicts without the adapters, and without gradients."""
         if args.t_max > path.steps:
             raise ValueError(
                 f"objective.t_max is {args.t_max}, but the base has {path.steps} timesteps; give {path.steps} or less"
             )
         self.args = args
         self.path = path
+        self.frozen = frozen
 
     def __call__(self, predict: Predict, batch: Batch) -> Loss:
-        """Total: the weighted loss. Terms: raw, the plain mean squared error."""
+        """Total: the weighted loss. Terms: raw, the plain mean squared error; prior, the same from the frozen model.
+
+        The prior is kept as in Learning without Forgetting (arXiv 1606.09282): on the same noisy pictures, with a
+        class word for the trigger, the prediction stays what it is without the adapters. No class pictures are needed.
+        """
         args, x0 = self.args, batch.latents
         t = draw_timesteps(len(x0), args.t_min, args.t_max, batch.generator)
         eps = draw_noise(x0, batch.generator, args.offset_noise)
-        pred = predict(self.path.noisy(x0, eps, t), t.to(x0.device), batch.cond)
+        xt, t_there = self.path.noisy(x0, eps, t), t.to(x0.device)
+        pred = predict(xt, t_there, batch.cond)
         error = (pred.float() - self.path.target_of(x0, eps, t).float()) ** 2
         raw = error.flatten(1).mean(1)
         per_picture = raw if batch.mask is None else masked_mean(error, batch.mask, args.mask_floor)
         if args.min_snr_gamma is not None:
             per_picture = per_picture * min_snr_weight(self.path, t, args.min_snr_gamma).to(x0.device)
-        return Loss(per_picture.mean(), {"raw": raw.detach().mean()})
+        total, terms = per_picture.mean(), {"raw": raw.detach().mean()}
+        if batch.prior is not None:
+            kept = self.frozen(xt, t_there, batch.prior)
+            prior = ((predict(xt, t_there, batch.prior).float() - kept.float()) ** 2).mean()
+            total, terms["prior"] = total + args.prior_weight * prior, prior.detach()
+        return Loss(total, terms)
 
 
 def masked_mean(error: Tensor, mask: Tensor, floor: float) -> Tensor:
