@@ -40,7 +40,7 @@ def decode_mask(content: bytes, limits: Limits, size: tuple[int, int]) -> Image.
     """A mask as 8-bit grey of `size` (width, height); transparent counts as black.
 
     Raises:
-        PictureError: as decode; also another size than the picture's, or black everywhere.
+        PictureError: as decode; also another size than the picture's.
     """
     try:
         mask = _load(content, limits, behind=(0, 0, 0)).convert("L")
@@ -48,8 +48,6 @@ def decode_mask(content: bytes, limits: Limits, size: tuple[int, int]) -> Image.
         raise PictureError(f"its mask cannot be used: {error}") from error
     if mask.size != size:
         raise PictureError(f"its mask is {mask.width} x {mask.height} pixels, but the picture is {size[0]} x {size[1]}")
-    if mask.getextrema() == (0, 0):
-        raise PictureError("its mask is black everywhere, so nothing of it would be learned")
     return mask
 
 

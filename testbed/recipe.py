@@ -19,8 +19,8 @@ from testbed.vae import make_vae, vae_loss
 SEED = 7
 BATCH = 24  # in each of two processes
 PLAIN_SAMPLES = 72_000
-SAMPLES = 620_000
-DECAY_SAMPLES = 200_000
+SAMPLES = 440_000
+DECAY_SAMPLES = 160_000
 # name: (pictures, width, height, plain)
 SETS = {
     "plain": (12_000, 64, 64, True),
