@@ -10,11 +10,13 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +45,26 @@ def main() -> int:
     parser.add_argument("--preset", default="presets/quickstart.json")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a thread each")
+    parser.add_argument("--keep", type=Path, help="folder that gets a copy of every run")
     parser.add_argument("--out", type=Path, default=OUT / "quality.json")
     args = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    results: dict[str, Any] = {"concept": args.concept, "preset": args.preset, "machine": machine(), "methods": {}}
+    results: dict[str, Any] = {
+        "concept": args.concept,
+        "preset": args.preset,
+        "machine": machine(args.jobs),
+        "methods": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / f"{args.concept}.zip"
         _zip(args.concept, pictures)
         results["before"] = before(args.concept, pictures, Path(folder))
+        todo = [(method, seed) for method in args.methods for seed in range(args.seeds)]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            done = list(pool.map(lambda job: one(*job, args, pictures, Path(folder)), todo))
         for method in args.methods:
-            runs = [one(method, seed, args, pictures, Path(folder)) for seed in range(args.seeds)]
-            results["methods"][method] = summary(runs)
+            results["methods"][method] = summary([d for d, (m, _) in zip(done, todo, strict=True) if m == method])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(table(results))
@@ -68,27 +79,23 @@ def _zip(concept: str, path: Path) -> None:
 
 def one(method: str, seed: int, args: argparse.Namespace, pictures: Path, folder: Path) -> dict[str, Any]:
     """Trains and scores one run in the way a person does."""
-    from testbed.runs import score_run
-
-    name = f"{method.split()[0].lower()}-{args.concept}-{seed}"
-    command = [
-        sys.executable,
-        "train.py",
-        args.preset,
-        str(pictures),
-        "--runtime.out",
-        str(folder),
-        "--runtime.name",
-        name,
-    ]
+    run = folder / f"{method.split()[0].lower()}-{args.concept}-{seed}"
+    train = ["train.py", args.preset, str(pictures), "--runtime.out", str(folder), "--runtime.name", run.name]
     began = time.monotonic()
-    subprocess.run([*command, "--runtime.seed", str(seed), *METHODS[method]], cwd=ROOT, check=True, capture_output=True)
+    _python(*train, "--runtime.seed", str(seed), *METHODS[method])
     seconds = time.monotonic() - began
-    scores = score_run(folder / name, args.concept)
-    print(
-        f"{method} seed {seed}: {seconds:.0f} s, " + ", ".join(f"{k} {scores.rows()[k]:.2f}" for k in SHOWN), flush=True
-    )
-    return {"seed": seed, "train_process_s": round(seconds, 1), **{k: round(v, 4) for k, v in scores.rows().items()}}
+    _python("-m", "testbed", "score", str(run), "--concept", args.concept)
+    scores: dict[str, float] = json.loads((run / "scores.json").read_text(encoding="utf-8"))
+    print(f"{method} seed {seed}: {seconds:.0f} s, " + ", ".join(f"{k} {scores[k]:.2f}" for k in SHOWN), flush=True)
+    if args.keep:
+        shutil.copytree(run, args.keep / run.name)
+    return {"seed": seed, "train_process_s": round(seconds, 1), **{k: round(v, 4) for k, v in scores.items()}}
+
+
+def _python(*command: str) -> None:
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def before(concept: str, pictures: Path, folder: Path) -> dict[str, float]:
@@ -140,14 +147,14 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
+def machine(jobs: int) -> dict[str, Any]:
     import torch
 
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "runs_at_a_time": jobs,
     }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ORDINARY = 96  # pictures of ordinary prompts that a run is scored with, before and after
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     score = commands.add_parser("score", help="score a run that was trained on a held-out concept")
     score.add_argument("run", type=Path, help="run directory")
     score.add_argument("--concept", default="mushroom", help="held-out concept that the run was trained on")
-    score.add_argument("--pictures", type=int, default=60, help="pictures of the concept; ordinary ones are 96")
+    score.add_argument(
+        "--pictures", type=int, default=60, help=f"pictures of the concept; ordinary ones are {ORDINARY}"
+    )
     send = commands.add_parser("zip", help="write the training pictures of a held-out concept as a zip")
     send.add_argument("concept")
     send.add_argument("file", type=Path)
@@ -42,9 +45,23 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from testbed.runs import score_run
+    import torch
+    from tqdm import tqdm
 
-    scores = score_run(args.run, args.concept, args.pictures)
+    from testbed.runs import score_run
+    from trainer.generate import GenerateError
+    from trainer.rundir import RunDirError
+    from trainer.types import BaseModelError
+
+    if (status := _unknown(args.concept)) is not None:
+        return status
+    torch.set_num_threads(1)  # a model this small runs slower on more
+    try:
+        with tqdm(total=args.pictures + 2 * ORDINARY + 8, desc="scoring", unit="picture", mininterval=1) as bar:
+            scores = score_run(args.run, args.concept, args.pictures, ORDINARY, bar.update)
+    except (RunDirError, GenerateError, BaseModelError) as error:
+        print(f"testbed: error: {error}", file=sys.stderr)
+        return 2
     for name, value in scores.rows().items():
         print(f"{name:20} {value:6.2f}" if name != "n" else f"{name:20} {value:3.0f}")
     path = args.run / "scores.json"
@@ -54,14 +71,23 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _zip(args: argparse.Namespace) -> int:
-    from testbed.concepts import CONCEPTS, write_zip
+    from testbed.concepts import write_zip
 
-    if args.concept not in CONCEPTS:
-        print(f"{args.concept!r} is no held-out concept; there are {', '.join(CONCEPTS)}", file=sys.stderr)
-        return 2
+    if (status := _unknown(args.concept)) is not None:
+        return status
     write_zip(args.file, args.concept, args.pictures)
     print(args.file)
     return 0
+
+
+def _unknown(concept: str) -> int | None:
+    """The exit status for a concept that there is not."""
+    from testbed.concepts import CONCEPTS
+
+    if concept in CONCEPTS:
+        return None
+    print(f"testbed: error: {concept!r} is no held-out concept; there are {', '.join(CONCEPTS)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

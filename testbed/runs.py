@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +17,14 @@ from trainer.rundir import RunDir
 STEPS, GUIDANCE = 25, 3.0
 
 
-def score_run(root: Path, concept: str, n: int = 60, ordinary: int = 96) -> Scores:
-    """Loads what the run exported, as a client would, and scores it."""
+def score_run(
+    root: Path, concept: str, n: int = 60, ordinary: int = 96, drawn: Callable[[int], object] = lambda _: None
+) -> Scores:
+    """Loads what the run exported, as a client would, and scores it.
+
+    Args:
+        drawn: told how many pictures were drawn since the last time; there are n + 2 ordinary + 8 in all.
+    """
     weights = generate.located(generate.find(root))
     device = generate.device("cpu")
     learned = generate.Painter(weights, device).family
@@ -26,7 +32,12 @@ def score_run(root: Path, concept: str, n: int = 60, ordinary: int = 96) -> Scor
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], adapted: bool) -> list[Image.Image]:
         family = learned if adapted else base
-        return sampler.generate(family, list(prompts), seeds=list(seeds), steps=STEPS, guidance=GUIDANCE)
+        pictures: list[Image.Image] = []
+        for i in range(0, len(prompts), sampler.BATCH):
+            chunk, seeded = list(prompts[i : i + sampler.BATCH]), list(seeds[i : i + sampler.BATCH])
+            pictures += sampler.generate(family, chunk, seeds=seeded, steps=STEPS, guidance=GUIDANCE)
+            drawn(len(chunk))
+        return pictures
 
     with torch.inference_mode():
         return Scorer(concept, training_pictures(root)).score(draw, n, ordinary)
