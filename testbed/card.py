@@ -21,11 +21,11 @@ from testbed.clip import one_word_off
 from testbed.judge import Judge, accuracy, tensor
 from testbed.pictures import caption, draw_scene, render
 from testbed.recipe import as_input
-from testbed.score import base_scores
+from testbed.score import base_scores, full_scores
 from testbed.text import tokens
 
 PARTS = ("text", "vae", "unet", "clip", "judge_knows", "judge_blind")
-STEPS, GUIDANCE, PROMPTS = 25, 3.0, 240
+STEPS, GUIDANCE, PROMPTS, FULL = 25, 3.0, 240, 120
 
 
 def write_card(work: Path, out: Path) -> None:
@@ -46,6 +46,7 @@ def write_card(work: Path, out: Path) -> None:
         "prompts": PROMPTS,
         "sampler": {"steps": STEPS, "guidance": GUIDANCE},
         "base": {k: round(v, 3) for k, v in base_scores(_drawer(pipe), knows, PROMPTS).items()},
+        "full_prompts": {k: round(v, 3) for k, v in full_scores(_drawer(pipe), knows, FULL).items()},
         "machine": f"{platform.machine()}, 2 processes of 1 thread, torch {torch.__version__}",
     }
     (base / "card.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -133,6 +134,9 @@ read by the judge:
 | {base["colour"]:.3f} | {base["background"]:.3f} | {base["shape"]:.3f} | {base["size"]:.3f} | {base["all"]:.3f} |
 
 By shape: {shapes}.
+
+{FULL} full prompts, which may also ask for a fill, a place and a gradient background:
+{accuracies(facts["full_prompts"])}.
 
 Autoencoder round trip {facts["vae_psnr_db"]} dB. CLIP: {facts["clip_hard_negatives"]:.0%} of pictures are nearer to
 their caption than to the same with one word changed. Judges on renderings of an unused seed:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from testbed.concepts import CONCEPTS, Concept, ordinary_scenes, training_scenes, unseen_scenes
-from testbed.judge import Judge, tensor
+from testbed.judge import Judge, one_thing, tensor
 from testbed.pictures import Scene, caption, render
 from testbed.shapes import SHAPES
 
@@ -165,6 +165,18 @@ def base_scores(draw: Draw, judge: Judge, n: int = 240, seed: int = 0) -> dict[s
         **{k: _share([h[k] for h in hits]) for k in hits[0]},
         **by_shape,
     }
+
+
+def full_scores(draw: Draw, judge: Judge, n: int = 120, seed: int = 0) -> dict[str, float]:
+    """How well the base draws prompts that may also ask for a fill, a place and a gradient background."""
+    rng = np.random.default_rng((seed, 8))
+    scenes = [one_thing(rng, knows=False) for _ in range(n)]
+    read = judge.read(draw([caption(s) for s in scenes], range(20_000, 20_000 + n), False))
+    hits: list[dict[str, bool]] = []
+    for r, s in zip(read, scenes, strict=True):
+        thing = s.things[0]
+        hits.append({**asked(r, s), "fill": r["fill"] == thing.fill, "position": r["position"] == thing.position})
+    return {"all": _share([all(h.values()) for h in hits]), **{k: _share([h[k] for h in hits]) for k in hits[0]}}
 
 
 def _without(concept: Concept, scene: Scene) -> str:
