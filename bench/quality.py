@@ -26,6 +26,7 @@ METHODS: dict[str, list[str]] = {
     "LoRA alone": ["--text.tokens", "0", "--optim.adapter.curve", "cosine"],
     "textual inversion alone": ["--adapter.kind", "none", "--optim.rows.curve", "cosine"],
     "pivotal": [],
+    "pivotal, prior kept": ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"],
 }
 SHOWN = (
     "fidelity",
@@ -79,7 +80,7 @@ def _zip(concept: str, path: Path) -> None:
 
 def one(method: str, seed: int, args: argparse.Namespace, pictures: Path, folder: Path) -> dict[str, Any]:
     """Trains and scores one run in the way a person does."""
-    run = folder / f"{method.split()[0].lower()}-{args.concept}-{seed}"
+    run = folder / f"{method.lower().replace(', ', '-').replace(' ', '-')}-{args.concept}-{seed}"
     train = ["train.py", args.preset, str(pictures), "--runtime.out", str(folder), "--runtime.name", run.name]
     began = time.monotonic()
     _python(*train, "--runtime.seed", str(seed), *METHODS[method])

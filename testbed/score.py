@@ -25,6 +25,8 @@ from testbed.shapes import SHAPES
 
 HERE = Path(__file__).parent
 FALSE_POSITIVES = 0.05  # of ordinary renderings that the blind judge may take for the concept
+ORDINARY = 960  # renderings that the blind measure of likeness is fitted on
+SHRINK = 0.1  # of the mean variance, added to each feature's
 COPY_RMS = 0.04  # pixels in 0..1; two renderings of one scene differ by more
 
 
@@ -70,6 +72,7 @@ class Scorer:
         self.blind = Judge.load(here / "judges" / "blind.safetensors", False)
         self.clip = CLIPModel.from_pretrained(here / "base" / "clip", dtype=torch.float32).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(here / "base" / "tokenizer")
+        self._learn_what_is_ordinary()
         self.threshold = self._threshold()
 
     def score(self, draw: Draw, n: int = 60, ordinary: int = 96, seed: int = 0) -> Scores:
@@ -107,21 +110,40 @@ class Scorer:
         return _share([all(asked(r, s).values()) for r, s in zip(self.knows.read(pictures), scenes, strict=True)])
 
     def _marks(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """What the blind judge sees: its logits of the concept's kind, or its features for a style; [B, K]."""
+        """The blind judge's features of the pictures, centred and whitened; [B, 96]."""
         with torch.inference_mode():
-            x = tensor(pictures)
-            return self.blind.features(x) if self.concept.kind == "style" else self.blind(x)[self.concept.kind]
+            return (self.blind.features(tensor(pictures)) - self._centre) @ self._whiten
 
     def _likeness(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Cosine [B] of centred marks to the reference pictures' mean."""
-        reference = (self._marks(self.references) - self._centre).mean(0)
-        return F.cosine_similarity(self._marks(pictures) - self._centre, reference[None], dim=1)
+        """Cosine [B] of their marks to the mean of the reference pictures' marks."""
+        return F.cosine_similarity(self._marks(pictures), self._marks(self.references).mean(0)[None], dim=1)
+
+    def _learn_what_is_ordinary(self) -> None:
+        """Centre, and whitening (as in linear discriminant analysis), of features over scenes that the base knows.
+
+        Whitened by their spread within the classes of the concept's kind, features keep what tells one shape from
+        another and lose what colour and size do to them. A style has no classes to learn that from: only centred.
+        """
+        rng = np.random.default_rng(17)
+        scenes = [one_thing(rng, knows=False) for _ in range(ORDINARY)]
+        with torch.inference_mode():
+            features = self.blind.features(tensor([render(s, rng) for s in scenes]))
+            plain = self.blind.features(tensor([render(s, rng) for s in ordinary_scenes(ORDINARY, 17)]))
+        self._centre, self._whiten = plain.mean(0), torch.eye(features.shape[1])
+        if self.concept.kind == "style":
+            return
+        names = [getattr(s.things[0], self.concept.kind) for s in scenes]
+        groups = [features[[n == name for n in names]] for name in sorted(set(names))]
+        within = torch.cat([group - group.mean(0) for group in groups])
+        spread = within.T @ within / len(within)
+        spread += SHRINK * spread.diagonal().mean() * torch.eye(len(spread))
+        values, vectors = torch.linalg.eigh(spread)
+        self._whiten = vectors @ torch.diag(values.rsqrt()) @ vectors.T
 
     def _threshold(self) -> float:
         """The likeness that only FALSE_POSITIVES of ordinary renderings pass."""
-        rng = np.random.default_rng(17)
+        rng = np.random.default_rng(18)
         ordinary = [render(s, rng) for s in ordinary_scenes(40 * len(SHAPES), 17)]
-        self._centre = self._marks(ordinary).mean(0)
         return float(torch.quantile(self._likeness(ordinary), 1 - FALSE_POSITIVES))
 
     def _image(self, pictures: Sequence[Image.Image]) -> Tensor:
