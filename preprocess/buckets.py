@@ -1,13 +1,18 @@
-"""Stage 3: every item gets the size that it is trained at: nearly its own shape, at a common area.
+"""The last stage: every item gets the size that it is trained at, nearly its own shape at a common area, and its crop.
 
 Sides are multiples of `step`, the area is at most resolution x resolution, and no bucket is more than twice as
-long as it is wide.
+long as it is wide. With several resolutions a picture gets the largest that it fills without being enlarged.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from preprocess.types import Item, PreprocessError
 
@@ -16,8 +21,10 @@ VERSION = 1  # raise it when the same size would give another bucket
 _LONGEST = 2.0  # longer side : shorter side
 _CUT_NOTED = 0.25  # share of a picture; more than this cut off by its bucket is worth telling
 
+Size = tuple[int, int]
 
-def sizes(resolution: int, step: int) -> list[tuple[int, int]]:
+
+def sizes(resolution: int, step: int) -> list[Size]:
     """All buckets (width, height) in pixels, narrowest first: for each short side the longest that keeps the area.
 
     Raises:
@@ -33,24 +40,88 @@ def sizes(resolution: int, step: int) -> list[tuple[int, int]]:
     return sorted({*upright, *((long, short) for short, long in upright)})
 
 
-def bucketed(item: Item, buckets: list[tuple[int, int]]) -> Item:
-    """The item with the bucket whose proportions are nearest its own; of equals the larger one."""
+def bucketed(item: Item, *choices: Sequence[Size]) -> Item:
+    """The item with its bucket.
+
+    Args:
+        choices: the buckets of each resolution, smallest resolution first. In each the bucket counts whose
+            proportions are nearest the item's own, of equals the larger one.
+    """
+    nearest = [_nearest(item, buckets) for buckets in choices]
+    filled = [bucket for bucket in nearest if enlarged(item, bucket) <= 1]
+    return replace(item, bucket=filled[-1] if filled else nearest[0])
+
+
+def _nearest(item: Item, buckets: Sequence[Size]) -> Size:
     shape = math.log(item.width / item.height)
 
-    def distance(bucket: tuple[int, int]) -> tuple[float, int]:
+    def distance(bucket: Size) -> tuple[float, int]:
         w, h = bucket
         return abs(math.log(w / h) - shape), -w * h
 
-    return replace(item, bucket=min(buckets, key=distance))
+    return min(buckets, key=distance)
 
 
-def remark(item: Item) -> str | None:
-    """What a person should know about the bucket of this picture, or None."""
+def enlarged(item: Item, bucket: Size) -> float:
+    """How many times the picture's sides grow until it covers the bucket; below 1 they shrink."""
+    return max(bucket[0] / item.width, bucket[1] / item.height)
+
+
+def cropped(item: Item) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom, in pixels of the picture, of what training sees of it."""
+    scale = enlarged(item, item.bucket)
+    w, h = item.bucket[0] / scale, item.bucket[1] / scale
+    x, y = item.centering
+    left, top = (item.width - w) * x, (item.height - h) * y
+    return left, top, left + w, top + h
+
+
+def focused(item: Item, root: Path) -> Item:
+    """The item with its crop moved, as far as the picture reaches, to have the mask's centroid in its middle.
+
+    Without a mask, or with a black one, the crop stays where it is.
+
+    Args:
+        root: folder that the item's files are relative to.
+    """
+    if item.mask is None:
+        return item
+    with Image.open(root / item.mask) as mask:
+        weight = np.asarray(mask.convert("L"), dtype=np.float64)
+    total = weight.sum()
+    if not total:
+        return item
+    x = float((weight.sum(axis=0) @ (np.arange(item.width) + 0.5)) / total)
+    y = float((weight.sum(axis=1) @ (np.arange(item.height) + 0.5)) / total)
+    scale = enlarged(item, item.bucket)
+    return replace(
+        item,
+        centering=(
+            _centering(x, item.width, item.bucket[0] / scale),
+            _centering(y, item.height, item.bucket[1] / scale),
+        ),
+    )
+
+
+def _centering(middle: float, whole: float, part: float) -> float:
+    """Share of whole - part to leave before the part, so that its middle lies nearest to `middle`; 4 digits."""
+    spare = whole - part
+    if spare < 1:  # pixel: nothing to choose
+        return 0.5
+    return round(min(max((middle - part / 2) / spare, 0.0), 1.0), 4)
+
+
+def remarks(item: Item, upscale_limit: float) -> list[str]:
+    """What a person should know about the bucket of this picture: much of it is cut off, it is enlarged much."""
     w, h = item.bucket
-    scale = max(w / item.width, h / item.height)
+    scale = enlarged(item, item.bucket)
     lost = 1 - (w * h) / (item.width * item.height * scale * scale)
+    notes: list[str] = []
     if lost > _CUT_NOTED:
-        return f"{item.source}: {lost:.0%} of it is cut off to fit {w} x {h}"
-    if scale > 2:
-        return f"{item.source}: its {item.width} x {item.height} pixels are enlarged {scale:.1f} times"
-    return None
+        notes.append(f"{item.source}: {lost:.0%} of it is cut off to fit {w} x {h}")
+    if scale > upscale_limit:
+        notes.append(
+            f"{item.source}: its {item.width} x {item.height} pixels are enlarged {scale:.1f} times to fit {w} x {h}, "
+            f"and data.upscale_limit is {upscale_limit:g}: it will look soft"
+        )
+    return notes
