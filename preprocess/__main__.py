@@ -1,26 +1,122 @@
-"""python -m preprocess SOURCE --out DIR: shows what training would see of a folder or zip of pictures."""
+"""python -m preprocess: from whatever people send to a dataset, without training; and removing what it keeps.
+
+    python -m preprocess SOURCE --out DIR [--dry-run] [--option value ...]
+    python -m preprocess clean DIR --stage NAME
+
+Exit status: 0; 2 when the source or an option cannot be used; 1 when the disk fails, or a dry run finds problems.
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from preprocess import PreprocessError, Report, build
-from trainer.args import DataArgs
+from preprocess.clean import STAGES, clean
+from preprocess.survey import survey
+from trainer import cli
+from trainer.args import DataArgs, RuntimeArgs
+from trainer.registry import PartError
 from trainer.rundir import RunDir, RunDirError
+
+_OWN = ("source", "resolution")  # of the data section: said by this parser itself
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Does what the command line says; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _clean(words[1:]) if words[:1] == ["clean"] else _build(words)
+    except (PreprocessError, RunDirError, PartError, cli.CommandError) as error:
+        for line in str(error).splitlines():
+            print(f"preprocess: {line}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m preprocess", description=__doc__)
-    parser.add_argument("source", help="folder or .zip of pictures; x.txt beside x.png is its caption")
-    parser.add_argument("--out", type=Path, required=True, help="new folder for dataset.jsonl and the decoded pictures")
+    options = cli.options()
+    data = {name: field for name, field in options.items() if name.startswith("data.")}
+    lines = [
+        f"  --{name.removeprefix('data.')}: {field.description}"
+        for name, field in data.items()
+        if name.removeprefix("data.") not in _OWN
+    ]
+    parser = argparse.ArgumentParser(
+        prog="python -m preprocess",
+        usage="python -m preprocess SOURCE --out DIR [--dry-run] [--option value ...]\n"
+        "       python -m preprocess clean DIR --stage NAME",
+        description="Shows what training would see of a source of pictures.",
+        epilog="\n".join(["every option of training's data section, without its data.:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", help=str(data["data.source"].description).replace("%", "%%"))
+    parser.add_argument("--out", type=Path, help="folder for dataset.jsonl, the sheet and the decoded pictures")
+    parser.add_argument("--dry-run", action="store_true", help="say what would come of it, and leave nothing behind")
     parser.add_argument("--resolution", type=int, default=512, help="pixels; the area of a bucket is its square [512]")
     parser.add_argument("--step", type=int, default=64, help="pixels; sides of buckets are its multiples [64]")
-    parser.add_argument("--trigger", default="TOK", help="word that stands for the concept [TOK]")
-    parser.add_argument("--caption", default="a {trigger}", help="for pictures that come without one [a {trigger}]")
-    parser.add_argument("--masks", action="store_true", help="read x.mask.png beside x.png")
     return parser
+
+
+def _build(words: list[str]) -> int:
+    options, rest = _parser().parse_known_args(words)
+    data = _data(options.source, rest)
+    if options.resolution < 1 or options.step < 1:
+        raise cli.CommandError("--resolution and --step must be 1 or more")
+    if options.dry_run:
+        with tempfile.TemporaryDirectory(prefix="tempera-") as scratch:
+            logging.basicConfig(level=logging.ERROR)  # what is wrong is said once, at the end
+            return _told(build(options.source, Path(scratch), data, options.resolution, options.step), data)
+    if options.out is None:
+        raise cli.CommandError("--out is missing: give the folder that the dataset is made in, or --dry-run")
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("preprocess").setLevel(logging.INFO)
+    _claimed(options.out)
+    try:
+        report = build(options.source, options.out, data, options.resolution, options.step)
+    except OSError as error:
+        print(f"preprocess: {options.out} cannot be written: {error}", file=sys.stderr)
+        return 1
+    _show(report, options.out)
+    return 0
+
+
+def _data(source: str, rest: Sequence[str]) -> DataArgs:
+    """The data section; a flag --x stands for training's --data.x."""
+    flags = [f"--data.{word[2:]}" if word.startswith("--") else word for word in rest]
+    flags = [flag.replace("--data.no-", "--no-data.", 1) for flag in flags]
+    args = cli.parse([f"--data.source={source}", *flags]).args
+    assert args is not None  # only a plain --resume has none
+    return args.data
+
+
+def _claimed(out: Path) -> None:
+    """A folder to work in: new, empty, or one that an earlier call made. A training run keeps its pictures."""
+    run = RunDir(out)
+    if run.args.exists():
+        raise RunDirError(f"{out} is a training run, whose dataset stays as it is; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        known = run.cache.is_dir() or not any(out.iterdir())
+    except OSError as error:
+        raise RunDirError(f"{out} cannot be used as a folder: {error.strerror}") from error
+    if not known:
+        raise RunDirError(f"{out} exists already and holds other things; choose another --out")
+
+
+def _told(report: Report, data: DataArgs) -> int:
+    found = survey(report, data.trigger)
+    for fact in found.facts:
+        print(fact)
+    runtime = RuntimeArgs.model_validate({})
+    print(f"{runtime.updates(found.pictures)} steps of {runtime.batch_size} pictures, unless runtime.steps says else")
+    for problem in found.problems:
+        print(f"problem: {problem}")
+    return 1 if found.problems else 0
 
 
 def _show(report: Report, out: Path) -> None:
@@ -29,35 +125,19 @@ def _show(report: Report, out: Path) -> None:
         print(f"{item.name:24} {size:24} {'mask  ' if item.mask else ''}{item.caption}")
     for skip in report.skipped:
         print(f"left out {skip.file}: {skip.reason}")
-    for note in report.notes:
-        print(f"note: {note}")
-    print(f"{len(report.items)} pictures, {len(report.skipped)} left out: {RunDir(out).dataset}")
+    run = RunDir(out)
+    print(f"{len(report.items)} pictures, {len(report.skipped)} left out: {run.dataset}")
+    if run.sheet().exists():
+        print(f"look at them: {run.sheet()}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 when the source or an option cannot be used; 1 when the disk fails."""
-    options = _parser().parse_args(argv)
-    if options.resolution < 1 or options.step < 1 or not options.trigger:
-        print("preprocess: --resolution and --step must be 1 or more, and --trigger must not be empty", file=sys.stderr)
-        return 2
-    try:
-        data = DataArgs.model_validate(
-            {
-                "source": options.source,
-                "trigger": options.trigger,
-                "caption": options.caption,
-                "masks": options.masks,
-            }
-        )
-        RunDir.create(options.out)
-        report = build(options.source, options.out, data, options.resolution, options.step)
-    except (PreprocessError, RunDirError) as error:
-        print(f"preprocess: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"preprocess: {options.out} cannot be written: {error}", file=sys.stderr)
-        return 1
-    _show(report, options.out)
+def _clean(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m preprocess clean", description="Removes what one stage keeps.")
+    parser.add_argument("folder", type=Path, help="a run directory, or an --out of python -m preprocess")
+    parser.add_argument("--stage", required=True, choices=sorted(STAGES), help="whose files to remove")
+    options = parser.parse_args(words)
+    gone = clean(RunDir(options.folder), options.stage)
+    print(f"{gone} files of {options.stage} removed from {options.folder}")
     return 0
 
 

@@ -1,55 +1,194 @@
-"""Reads the files of a folder or a zip, and refuses an archive that tries to do harm.
+"""The files of whatever a person names: folders, pictures, archives, URLs of them, or several at once.
 
-Nothing is extracted: an entry of an archive is read into memory, so no name in it ever becomes a path to write.
+What a file is, its content decides, never its suffix. The sources are only read.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import stat
-import zipfile
-import zlib
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import re
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
 
-from preprocess.types import Limits, PictureError, PreprocessError
+from preprocess.archive import tar_files, zip_files
+from preprocess.fetch import download, is_url, shown
+from preprocess.picture import looks_like_picture
+from preprocess.types import Limits, PictureError, PreprocessError, SourceFile
+from preprocess.unpack import Kind, has_zip, kind, unpacked
+
+__all__ = ["SourceFile", "named", "opened", "shown_all"]
 
 _JUNK = {"thumbs.db", "desktop.ini"}
-_SMALL = 2**20  # bytes; below this no compression ratio is a bomb
-_ENCRYPTED = 0x1
+_SIDECARS = (".txt", ".caption", ".mask.png")
+_KNOWN = "give a folder, a picture, a .zip, a .tar (also .gz, .bz2, .xz, .zst), or an http(s) URL of one"
+_WHY_NOT: dict[Kind, str] = {
+    "7z": "is a 7z archive, which is not read here; pack it as .zip",
+    "rar": "is a rar archive, which is not read here; pack it as .zip",
+    "html": "is a web page, not pictures; give the address of the file itself",
+}
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One file of a source: its relative path with forward slashes, and a way to its bytes."""
-
-    path: str
-    read: Callable[[], bytes]  # raises PictureError
+class _Opening:
+    limits: Limits
+    private: bool
+    scratch: Path | None
+    stack: ExitStack
 
 
 @contextmanager
-def opened(source: str, limits: Limits) -> Generator[list[SourceFile]]:
-    """The files of a folder or a .zip in the order of their paths; hidden and system files are left out.
+def opened(
+    source: str, limits: Limits, *, private_urls: bool = False, scratch: Path | None = None
+) -> Generator[list[SourceFile]]:
+    """The files of a source in the order of their paths; hidden and system files are left out.
+
+    Of several sources, the paths of each begin with a folder of its own.
+
+    Args:
+        source: folder, picture, archive or URL; or several, as `a|b` or a JSON list.
+        private_urls: URLs may lead into private networks.
+        scratch: folder for temporary files [default: the system's].
 
     Raises:
-        PreprocessError: nothing is there, it is neither folder nor zip, or the archive is hostile.
+        PreprocessError: nothing is there, it is of no known kind, or it is hostile.
     """
+    sources = named(source, limits)
+    with ExitStack() as stack:
+        opening = _Opening(limits, private_urls, scratch, stack)
+        if len(sources) == 1:
+            yield _visible(_files(sources[0], opening))
+            return
+        files: list[SourceFile] = []
+        for folder, one in zip(_folders(sources), sources, strict=True):
+            files += [replace(file, path=f"{folder}/{file.path}") for file in _visible(_files(one, opening))]
+            if len(files) > limits.entries:
+                raise PreprocessError(f"the {len(sources)} sources hold more than {limits.entries} files together")
+        yield sorted(files, key=lambda file: file.path)
+
+
+def named(source: str, limits: Limits) -> list[str]:
+    """The single sources that `source` names.
+
+    Raises:
+        PreprocessError: it names none, or too many.
+    """
+    text = source.strip()
+    if _exists(source):
+        return [source]
+    if text.startswith("["):
+        try:
+            listed: Any = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PreprocessError(f"data.source starts like a JSON list, but is none: {error}") from error
+        if not all(isinstance(one, str) for one in listed):
+            raise PreprocessError("data.source is a JSON list, but not one of strings: each is a folder, file or URL")
+        found = [one.strip() for one in cast("list[str]", listed)]
+    else:
+        found = [one.strip() for one in source.split("|")] if "|" in source else [source]
+    if not found or not all(found):
+        raise PreprocessError(f"data.source {shown_all(source)!r} names nothing, or has an empty part; {_KNOWN}")
+    if len(found) > limits.sources:
+        raise PreprocessError(f"data.source names {len(found)} sources, and {limits.sources} are allowed")
+    return found
+
+
+def shown_all(source: str) -> str:
+    """`source` as it may be shown and logged: without passwords and queries of URLs, which may be keys."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^|\"\s]*", lambda url: shown(url[0]), source)
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long for a path, a zero byte, a ~user that is nobody
+        return False
+
+
+def _folders(sources: list[str]) -> list[str]:
+    """A name for each source, unique even where case does not count."""
+    names: list[str] = []
+    for source in sources:
+        stem = PurePosixPath(shown(source).replace("\\", "/").rstrip("/")).name.partition(".")[0]
+        name, n = stem or "source", 2
+        while name.lower() in (taken.lower() for taken in names):
+            name, n = f"{stem or 'source'}-{n}", n + 1
+        names.append(name)
+    return names
+
+
+def _files(source: str, opening: _Opening) -> list[SourceFile]:
+    if is_url(source):
+        got = download(source, opening.limits, private=opening.private, scratch=opening.scratch)
+        file = opening.stack.enter_context(got.file)
+        files = _contents(file, shown(source), opening)
+        return [_downloaded(file, got.name, shown(source), opening.limits)] if files is None else files
+    if not _exists(source):
+        raise PreprocessError(f"data.source {source!r} does not exist; {_KNOWN}")
     path = Path(source).expanduser()
     if path.is_dir():
-        yield _folder(path, limits)
-    elif not path.exists():
-        raise PreprocessError(f"data.source {source!r} does not exist; give a folder or a .zip of pictures")
-    elif not zipfile.is_zipfile(path):
-        raise PreprocessError(f"data.source {source!r} is neither a folder nor a zip archive of pictures")
-    else:
-        with _archive(path) as archive:
-            yield _entries(archive, source, limits)
+        return _folder(path, opening.limits)
+    if not path.is_file():
+        raise PreprocessError(f"data.source {source!r} is a pipe or a device; {_KNOWN}")
+    try:
+        file = opening.stack.enter_context(path.open("rb"))
+    except OSError as error:
+        raise PreprocessError(f"data.source {source!r} cannot be read: {error.strerror}") from error
+    files = _contents(file, source, opening)
+    return _beside(path, opening.limits) if files is None else files
+
+
+def _contents(file: IO[bytes], source: str, opening: _Opening) -> list[SourceFile] | None:
+    """The files of an archive, or None of a single picture."""
+    limits, what = opening.limits, kind(file)
+    if what in ("gz", "bz2", "xz", "zst"):
+        if opening.scratch:
+            opening.scratch.mkdir(parents=True, exist_ok=True)
+        inner = opening.stack.enter_context(unpacked(file, what, source, limits, opening.scratch))
+        if kind(inner) != "tar":
+            raise PreprocessError(f"data.source {source!r} is compressed ({what}), but holds no tar; {_KNOWN}")
+        return tar_files(inner, source, limits)
+    if what == "tar":
+        return tar_files(file, source, limits)
+    if what in _WHY_NOT:
+        raise PreprocessError(f"data.source {source!r} {_WHY_NOT[what]}")
+    if what == "other" and looks_like_picture(file):
+        return None
+    if what == "zip" or has_zip(file):
+        return zip_files(file, source, limits)
+    raise PreprocessError(f"data.source {source!r} is neither a folder nor a picture, zip or tar archive; {_KNOWN}")
+
+
+def _visible(files: list[SourceFile]) -> list[SourceFile]:
+    return [file for file in files if not _hidden(PurePosixPath(file.path))]
 
 
 def _hidden(path: PurePosixPath) -> bool:
     return path.name.lower() in _JUNK or any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def _downloaded(file: IO[bytes], name: str, source: str, limits: Limits) -> SourceFile:
+    if file.seek(0, 2) > limits.file_bytes:
+        raise PreprocessError(f"{source!r} is refused: it has more than {limits.file_bytes} bytes")
+
+    def read() -> bytes:
+        file.seek(0)
+        return file.read()
+
+    return SourceFile(name.lstrip(".") or "picture", read)
+
+
+def _beside(path: Path, limits: Limits) -> list[SourceFile]:
+    """A picture with what stands beside it and belongs to it."""
+    sidecars = [path.with_name(path.stem + ending) for ending in _SIDECARS]
+    return [
+        SourceFile(one.name.lstrip("."), lambda one=one: _read_file(one, limits))
+        for one in (path, *sidecars)
+        if one.exists()
+    ]
 
 
 def _folder(root: Path, limits: Limits) -> list[SourceFile]:
@@ -77,60 +216,3 @@ def _read_file(path: Path, limits: Limits) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise PictureError(f"it cannot be read: {error.strerror}") from error
-
-
-def _archive(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise PreprocessError(f"the archive {str(path)!r} cannot be opened: {error}") from error
-
-
-def _entries(archive: zipfile.ZipFile, source: str, limits: Limits) -> list[SourceFile]:
-    infos = archive.infolist()
-    if len(infos) > limits.entries:
-        raise PreprocessError(f"{source!r} is refused: it has {len(infos)} entries, and {limits.entries} are allowed")
-    total = sum(info.file_size for info in infos)
-    if total > limits.total_bytes:
-        raise PreprocessError(
-            f"{source!r} is refused: it would unpack to {total} bytes, and {limits.total_bytes} are allowed"
-        )
-    for info in infos:
-        harm = _harm(info, limits)
-        if harm:
-            raise PreprocessError(f"{source!r} is refused: its entry {info.filename!r} {harm}")
-    files = {info.filename.replace("\\", "/"): info for info in infos if not info.is_dir()}
-    return [
-        SourceFile(path, lambda info=info: _read_entry(archive, info))
-        for path, info in sorted(files.items())
-        if not _hidden(PurePosixPath(path))
-    ]
-
-
-def _harm(info: zipfile.ZipInfo, limits: Limits) -> str | None:
-    """Why this entry makes the whole archive untrustworthy, or None."""
-    name = info.orig_filename.replace("\\", "/")
-    mode = info.external_attr >> 16
-    if "\0" in name:
-        return "has a zero byte in its name"
-    if name.startswith("/") or name[1:2] == ":":
-        return "has an absolute path"
-    if ".." in PurePosixPath(name).parts:
-        return "leads out of the archive"
-    if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        return "is a link or a device, not a file"
-    if info.flag_bits & _ENCRYPTED:
-        return "is encrypted; give the archive without a password"
-    if info.file_size > limits.file_bytes:
-        return f"would unpack to {info.file_size} bytes, and {limits.file_bytes} are allowed"
-    if info.file_size > _SMALL and info.file_size > limits.ratio * max(info.compress_size, 1):
-        return f"would unpack to more than {limits.ratio} times its size"
-    return None
-
-
-def _read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    try:
-        with archive.open(info) as entry:
-            return entry.read(info.file_size)  # never more than was declared, whatever the stream holds
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise PictureError(f"its entry in the archive is damaged: {error}") from error

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from trainer.args import LimitsArgs
+
+Limits = LimitsArgs  # what an archive, a picture or a download may cost at most
 
 
 class PreprocessError(ValueError):
@@ -15,16 +20,11 @@ class PictureError(ValueError):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What an archive or a picture may cost at most, so that a hostile one costs little."""
+class SourceFile:
+    """One file of a source: its relative path with forward slashes, and a way to its bytes."""
 
-    entries: int = 10_000  # files in an archive or folder
-    file_bytes: int = 256 * 2**20  # one file, uncompressed
-    total_bytes: int = 4 * 2**30  # an archive, uncompressed
-    ratio: int = 200  # uncompressed : compressed of one file; plain text and flat pictures stay below
-    pixels: int = 80_000_000  # one picture, before it is decoded
-    side: int = 16  # pixels; the shortest side worth training on
-    caption_bytes: int = 20_000  # one caption file
+    path: str
+    read: Callable[[], bytes]  # raises PictureError
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,12 @@ class Item:
     width: int  # pixels, upright
     height: int
     source: str  # the file it came from, relative to the source
-    caption: str = ""
+    caption: str = ""  # the first, where it has several
+    captions: tuple[str, ...] = ()  # all of them, where it has several
+    caption_from: str = ""  # the file, "the picture itself", the captioner or data.caption that it came from
     mask: str | None = None  # as `file`; white is what counts
     bucket: tuple[int, int] = (0, 0)  # width, height in pixels that training resizes it to
+    centering: tuple[float, float] = (0.5, 0.5)  # share of what the bucket cuts off that goes left, at the top
 
     def line(self, stages: dict[str, int]) -> dict[str, Any]:
         """The JSON object of this item; `stages` says which version of each stage made it."""
@@ -61,3 +64,4 @@ class Report:
     items: tuple[Item, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
+    untriggered: tuple[str, ...] = ()  # sources of the pictures whose captions named no trigger before it was put in

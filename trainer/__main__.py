@@ -1,7 +1,7 @@
 """The training door: python train.py, or python -m trainer.
 
-Exit status: 0; 2 for input that cannot be used; 1 for a run that failed; 130 when it was stopped by Ctrl-C or
-SIGTERM (after a checkpoint, once there is anything to save).
+Exit status: 0; 2 for input that cannot be used; 1 for a run that failed, or a dry run that found problems; 130 when
+it was stopped by Ctrl-C or SIGTERM (after a checkpoint, once there is anything to save).
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def _train(command: cli.Command, stop: _Stop) -> int:
 
     where = command.resume
     try:
+        if command.dry_run:
+            return _rehearsed(command)
         with _session(command) as session:
             where = session.dir.root
             return _follow(session, stop)
@@ -70,6 +72,15 @@ def _train(command: cli.Command, stop: _Stop) -> int:
             raise
         at = f" while {error.filename} was written" if error.filename else ""
         return _said(OSError(f"the disk is full{at}; make room"), FAILED, where)
+
+
+def _rehearsed(command: cli.Command) -> int:
+    from trainer.rehearsal import rehearse
+
+    assert command.args is not None  # a dry run is of a new run
+    found = rehearse(command.args)
+    print("\n".join([*found.facts, *(f"problem: {problem}" for problem in found.problems)]))
+    return FAILED if found.problems else 0
 
 
 def _session(command: cli.Command) -> AbstractContextManager[Session]:

@@ -37,6 +37,7 @@ class Command:
     args: TrainArgs | None
     resume: Path | None = None
     print_args: bool = False
+    dry_run: bool = False
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -54,10 +55,12 @@ def parse(argv: Sequence[str]) -> Command:
         layers.append({"data": {"source": doors.pictures}})
     layers.append(flags)
     if doors.resume is not None:
+        if doors.dry_run:
+            raise CommandError("--dry-run tells of a new run, and --resume continues one; leave one of them out")
         return Command(_resumed(doors.resume, layers), doors.resume, doors.print_args)
     if not any(layers):
         raise CommandError("nothing to do: give a preset or args file and a folder of pictures (--help shows all)")
-    return Command(validate(merge(layers)), None, doors.print_args)
+    return Command(validate(merge(layers)), None, doors.print_args, doors.dry_run)
 
 
 def validate(tree: Mapping[str, Any]) -> TrainArgs:
@@ -188,13 +191,14 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, Tree]:
     parser.add_argument("--preset", metavar="NAME", help="args beneath those of the file [default: none]")
     parser.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this directory [default: none]")
     parser.add_argument("--print-args", action="store_true", help="show the args as JSON and stop [default: off]")
+    parser.add_argument("--dry-run", action="store_true", help="say what a run would do and stop [default: off]")
     doors: list[argparse.Namespace] = []
 
     def parse_args(root: argparse.ArgumentParser, args: Sequence[str] | None, _: object = None) -> argparse.Namespace:
         typed, rest = root.parse_known_intermixed_args(args)
         if rest:
             raise CommandError("\n".join(_leftover(word) for word in _mistakes(rest)))
-        own = ("file", "pictures", "preset", "resume", "print_args")
+        own = ("file", "pictures", "preset", "resume", "print_args", "dry_run")
         doors.append(argparse.Namespace(**{name: vars(typed).pop(name) for name in own}))
         return typed
 
@@ -225,7 +229,7 @@ def _leftover(word: str) -> str:
     if not word.startswith("--"):
         return f"{word!r} is one word too many; --help shows what goes where"
     name = word[2:].split("=")[0]
-    doors = {"preset", "resume", "print-args", "help"}
+    doors = {"preset", "resume", "print-args", "dry-run", "help"}
     meant = nearest(name, doors)
     if "." not in name and meant:
         return f"--{name} is not an option; did you mean --{meant}?"

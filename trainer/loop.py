@@ -125,6 +125,7 @@ def _micro(run: Run, update: int, micro: int) -> _Micro:
             generator=torch.Generator().manual_seed(seed),
             mask=None if samples.mask is None else samples.mask.to(engine.device),
             prior=run.encode(samples.prior) if samples.prior else None,
+            weight=None if samples.weight is None else samples.weight.to(engine.device),
         )
         loss = run.objective(run.family.predict, batch)
         penalties = [penalty for adapter in run.adapters if (penalty := adapter.penalty()) is not None]

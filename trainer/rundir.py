@@ -66,6 +66,19 @@ class RunDir:
         return self.root / "skipped.jsonl"
 
     @property
+    def survey(self) -> Path:
+        """What preprocessing made of the source: `pictures`, and sentences in `facts` and `problems`."""
+        return self.root / "survey.json"
+
+    def sheet(self, page: int = 1) -> Path:
+        """The contact sheet: what training sees of each picture. Long ones have more pages, counted from 1."""
+        return self.root / ("sheet.html" if page == 1 else f"sheet_{page}.html")
+
+    def sheet_image(self, page: int = 1) -> Path:
+        """The same page as one picture."""
+        return self.sheet(page).with_suffix(".png")
+
+    @property
     def cache(self) -> Path:
         return self.root / "cache"
 
@@ -117,8 +130,11 @@ class RunDir:
         return complete[-1] if complete else None
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
+def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None:
     """Writes `data` beside `path` and renames it: a reader sees the old file or the new one, whole.
+
+    Args:
+        durable: also after a power cut. False is faster, for files whose reader checks them.
 
     Raises:
         OSError: nothing is left behind, and what was there before still is.
@@ -129,7 +145,8 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp gives 0600, and runs are shared
         os.replace(temporary, path)
     except BaseException:

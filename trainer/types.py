@@ -38,6 +38,7 @@ class Samples:
     names: tuple[str, ...]  # picture names, for messages
     mask: Tensor | None = None  # [B, 1, H, W] in 0..1
     prior: tuple[str, ...] = ()  # the captions with a class word for the trigger; empty when no prior is kept
+    weight: Tensor | None = None  # [B], factors of the loss
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Batch:
     generator: torch.Generator
     mask: Tensor | None = None  # [B, 1, H, W] in 0..1
     prior: Cond | None = None  # of Samples.prior
+    weight: Tensor | None = None  # [B], factors of the loss
 
 
 @dataclass(frozen=True)

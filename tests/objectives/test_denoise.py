@@ -45,6 +45,14 @@ def objective(target: Any, t: int, **options: Any) -> Denoise:
     return Denoise(args, NoisePath(ACP, target), unasked)
 
 
+def test_a_picture_counts_as_its_weight_says() -> None:
+    x0, predict = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(1)), Recorder(0.25)
+    loss = objective("epsilon", 1)(predict, replace(batch(x0), weight=torch.tensor([2.0, 0.0, 0.5])))
+    each = ((0.25 - noise_of(x0, predict, 1)) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(loss.total, (2 * each[0] + 0.5 * each[2]) / 3)
+    torch.testing.assert_close(loss.terms["raw"], each.mean())
+
+
 def noise_of(x0: Tensor, seen: Recorder, t: int) -> Tensor:
     """The noise that the denoiser was shown."""
     return (seen.xt - ACP[t].sqrt() * x0) / (1 - ACP[t]).sqrt()

@@ -13,7 +13,7 @@ from trainer.types import Batch, Loss, Predict
 
 
 class Denoise:
-    """Draws (t, noise) once, predicts once; a mean over pictures, each weighted by its level and its mask."""
+    """Draws (t, noise) once, predicts once; a mean over pictures, each weighted by its level, mask and folder."""
 
     def __init__(self, args: ObjectiveArgs, path: NoisePath, frozen: Predict) -> None:
         """`frozen` predicts without the adapters, and without gradients."""
@@ -41,6 +41,8 @@ class Denoise:
         per_picture = raw if batch.mask is None else masked_mean(error, batch.mask, args.mask_floor)
         if args.min_snr_gamma is not None:
             per_picture = per_picture * min_snr_weight(self.path, t, args.min_snr_gamma).to(x0.device)
+        if batch.weight is not None:
+            per_picture = per_picture * batch.weight
         total, terms = per_picture.mean(), {"raw": raw.detach().mean()}
         if batch.prior is not None:
             kept = self.frozen(xt, t_there, batch.prior)

@@ -1,0 +1,52 @@
+"""What a person should know of a dataset before training on it: what it holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from preprocess import buckets
+from preprocess.types import Report
+
+_NAMED = 5  # pictures that a line names before it says how many more there are
+
+
+@dataclass(frozen=True)
+class Survey:
+    """`facts` are as they should be, each of `problems` may spoil the result; all are sentences."""
+
+    pictures: int
+    facts: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def survey(report: Report, trigger: str) -> Survey:
+    """The survey of what preprocessing made.
+
+    Args:
+        trigger: the word that captions should name; preprocessing put it in where it was missing.
+    """
+    items = report.items
+    enlarged = {item.source: buckets.enlarged(item, item.bucket) for item in items}
+    grown = [source for source, times in enlarged.items() if times > 1]
+    masked = sum(item.mask is not None for item in items)
+    facts = [f"{len(items)} pictures, {len(report.skipped)} left out"]
+    facts += [f"bucket {w} x {h}: {count}" for (w, h), count in sorted(Counter(i.bucket for i in items).items())]
+    if grown:
+        facts.append(f"{len(grown)} enlarged, at most {max(enlarged.values()):.2g} times: {_some(grown)}")
+    if masked:
+        facts.append(f"{masked} masked")
+    if report.untriggered:
+        facts.append(f"{len(report.untriggered)} captions came without {trigger}: {_some(report.untriggered)}")
+    problems = [f"{skip.file} is left out: {skip.reason}" for skip in report.skipped]
+    problems += report.notes
+    return Survey(len(items), tuple(facts), tuple(problems))
+
+
+def _some(names: list[str] | tuple[str, ...]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
