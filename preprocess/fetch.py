@@ -111,12 +111,13 @@ def _parsed(url: str, base: httpx2.URL | None = None) -> httpx2.URL:
         result = base.join(url) if base else httpx2.URL(url)
     except httpx2.InvalidURL as error:
         raise PreprocessError(f"{shown(url)!r} is no URL: {error}") from error
+    label = shown(url if is_url(url) else str(result))
     if result.scheme not in ("http", "https") or not result.host:
-        raise PreprocessError(f"{shown(str(result))!r} is refused: only http:// and https:// URLs are fetched")
+        raise PreprocessError(f"{label!r} is refused: only http:// and https:// URLs are fetched")
+    if result.port is not None and not 0 < result.port < 2**16:
+        raise PreprocessError(f"{label!r} is no URL: there is no port {result.port}")
     if result.userinfo:
-        raise PreprocessError(
-            f"{shown(str(result))} is given with a password, which would be kept in files; leave it out"
-        )
+        raise PreprocessError(f"{label} is given with a password, which would be kept in files; leave it out")
     return result
 
 

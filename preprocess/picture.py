@@ -10,10 +10,13 @@ import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from preprocess.colour import to_srgb
 from preprocess.types import Limits, PictureError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
@@ -23,17 +26,29 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.erro
 
 
 def decode(content: bytes, limits: Limits) -> Image.Image:
-    """The first frame, turned upright as EXIF asks, transparency on white, as 8-bit RGB.
+    """The first frame, turned upright as EXIF asks, transparency on white, as 8-bit RGB in the colours of sRGB.
 
     Raises:
         PictureError: no picture, damaged, too large or too small.
     """
-    image = _load(content, limits, behind=(255, 255, 255))
+    image = _load(content, limits, lambda image: _rgb(to_srgb(image), (255, 255, 255)))
     if min(image.size) < limits.side:
         raise PictureError(
             f"it is {image.width} x {image.height} pixels, and each side must have at least {limits.side}"
         )
     return image
+
+
+def looks_like_picture(file: IO[bytes]) -> bool:
+    """Whether the content begins like a picture; the rest of it is not looked at."""
+    file.seek(0)
+    try:
+        with Image.open(file, formats=FORMATS):
+            return True
+    except Image.DecompressionBombError:
+        return True  # `decode` says how large it may be
+    except _DAMAGE:
+        return False
 
 
 def decode_mask(content: bytes, limits: Limits, size: tuple[int, int]) -> Image.Image:
@@ -43,7 +58,7 @@ def decode_mask(content: bytes, limits: Limits, size: tuple[int, int]) -> Image.
         PictureError: as decode; also another size than the picture's.
     """
     try:
-        mask = _load(content, limits, behind=(0, 0, 0)).convert("L")
+        mask = _load(content, limits, lambda image: _rgb(image, (0, 0, 0))).convert("L")
     except PictureError as error:
         raise PictureError(f"its mask cannot be used: {error}") from error
     if mask.size != size:
@@ -51,8 +66,24 @@ def decode_mask(content: bytes, limits: Limits, size: tuple[int, int]) -> Image.
     return mask
 
 
-def _load(content: bytes, limits: Limits, behind: tuple[int, int, int]) -> Image.Image:
-    """The decoded, upright picture in RGB. Its size is checked before a pixel is unpacked."""
+def decode_alpha(content: bytes, limits: Limits) -> Image.Image | None:
+    """What the picture shows (white) and hides (black), as 8-bit grey, upright; None when it hides nothing.
+
+    Raises:
+        PictureError: as decode.
+    """
+    alpha = _load(content, limits, _alpha)
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF" or not image.has_transparency_data:  # in those a colour cannot stand for transparent
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
+
+
+def _load(content: bytes, limits: Limits, finish: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What `finish` makes of the decoded, upright picture. Its size is checked before a pixel is unpacked."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as probe:
             width, height = probe.size
@@ -61,7 +92,7 @@ def _load(content: bytes, limits: Limits, behind: tuple[int, int, int]) -> Image
             probe.verify()  # checksums, where the format has them; the file must be opened anew after it
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.load()
-            return _rgb(ImageOps.exif_transpose(image), behind)
+            return finish(ImageOps.exif_transpose(image))
     except PictureError:
         raise
     except Image.DecompressionBombError as error:

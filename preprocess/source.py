@@ -77,7 +77,7 @@ def named(source: str, limits: Limits) -> list[str]:
         PreprocessError: it names none, or too many.
     """
     text = source.strip()
-    if _exists(source):
+    if text and _exists(source):  # an empty path would be the current folder
         return [source]
     if text.startswith("["):
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import cli, console, run
+from trainer.args import LimitsArgs
 from trainer.rundir import RunDir
 
 # Cog's flat input -> option of the tree. An input that was left blank does not appear in the args.
@@ -34,6 +35,10 @@ def train(inputs: Mapping[str, Any]) -> Path:
     """
     folder = Path(tempfile.mkdtemp(prefix="tempera-"))
     args = cli.validate(cli.merge([tree(inputs), {"runtime": {"out": str(folder), "name": "trained_model"}}]))
+    if args.data.private_urls or args.data.limits != LimitsArgs.model_validate({}):
+        raise cli.CommandError(
+            "data.private_urls and data.limits are for the operator of this server, not for its callers"
+        )
     with console.shown(), run.opened(args, code=False) as session:
         for _ in session.steps():
             pass

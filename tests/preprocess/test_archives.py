@@ -138,7 +138,7 @@ def test_a_damaged_entry_is_named_and_the_others_are_kept(tmp_path: Path) -> Non
 def test_an_archive_cut_off_is_refused_in_one_sentence(tmp_path: Path) -> None:
     source = pack(tmp_path / "whole.zip", {})
     source.write_bytes(source.read_bytes()[:-30])
-    with pytest.raises(PreprocessError, match="neither a folder nor a zip"):
+    with pytest.raises(PreprocessError, match="cannot be opened: File is not a zip file"):
         ingest(str(source), tmp_path / "run")
 
 
