@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from preprocess import buckets, captions
+from preprocess import buckets, captions, dedupe, masks, sheet, trigger
 from preprocess import ingest as ingestion
-from preprocess.ingest import ingest
+from preprocess.ingest import FEWEST, ingest
+from preprocess.survey import survey
 from preprocess.types import Item, Limits, PictureError, PreprocessError, Report, Skipped
 from trainer.args import DataArgs
 from trainer.rundir import RunDir, atomic_write
 
 __all__ = ["Item", "Limits", "PictureError", "PreprocessError", "Report", "Skipped", "build", "ingest"]
 
-STAGES = {"ingest": ingestion.VERSION, "captions": captions.VERSION, "buckets": buckets.VERSION}
+STAGES = {
+    "ingest": ingestion.VERSION,
+    "dedupe": dedupe.VERSION,
+    "captions": captions.VERSION,
+    "trigger": trigger.VERSION,
+    "masks": masks.VERSION,
+    "buckets": buckets.VERSION,
+}
 
 _log = logging.getLogger(__name__)
 
@@ -24,10 +33,12 @@ _log = logging.getLogger(__name__)
 def build(
     source: str, out_dir: Path, data: DataArgs, resolution: int, step: int, limits: Limits | None = None
 ) -> Report:
-    """Makes out_dir/dataset.jsonl, out_dir/skipped.jsonl and out_dir/cache/pictures from `source`.
+    """Makes dataset.jsonl, skipped.jsonl, survey.json, the sheet and cache/pictures in out_dir from `source`.
+
+    Done again after an interruption, or with other options, it makes only what is missing or has changed.
 
     Args:
-        source: folder or .zip of pictures.
+        source: what `preprocess.source` opens: a folder, picture, archive or URL, or several.
         out_dir: the run directory.
         resolution: pixels; side of the square whose area every bucket keeps.
         step: pixels; sides of buckets are its multiples.
@@ -37,16 +48,52 @@ def build(
         OSError: the disk is full, or out_dir cannot be written.
     """
     run = RunDir(out_dir)
-    allowed = buckets.sizes(resolution, step)
-    found, skipped = ingest(source, out_dir, masks=data.masks, limits=limits)
-    captioned = (captions.captioned(item, data.trigger, data.caption) for item in found)
-    items = tuple(buckets.bucketed(item, allowed) for item in captioned)
-    notes = tuple(note for item in items if (note := buckets.remark(item)))
+    run.dataset.unlink(missing_ok=True)  # it is written last, so it is there whole or not at all
+    sides = sorted({resolution, *data.more_resolutions})
+    allowed = [buckets.sizes(side, step) for side in sides]
+    mask_sources = data.mask.sources if data.masks else ()
+    found, skipped = ingest(
+        source,
+        out_dir,
+        mask_sources=mask_sources,
+        limits=limits or data.limits,
+        private_urls=data.private_urls,
+        caption_lines=data.caption_lines,
+        embedded_captions=data.embedded_captions,
+        all_captioned=data.captioner == "sidecar",
+    )
+    if data.dedupe != "off":
+        found, copies = dedupe.deduped(found, out_dir, bits=data.dedupe_bits if data.dedupe == "near" else None)
+        _refuse_copies(found, copies)
+        skipped += copies
+    told = captions.captioned(found, out_dir, data)
+    untriggered = [item.source for item in told if not trigger.named(item.caption, data.trigger)]
+    captioned = trigger.triggered(told, data)
+    masked, notes = masks.masked(captioned, out_dir, data.mask) if data.masks else (captioned, [])
+    items = tuple(_placed(item, allowed, out_dir, focus=data.crop == "mask") for item in masked)
+    for item in items:
+        notes += buckets.remarks(item, data.upscale_limit)
     for note in notes:
-        _log.info("%s", note)
+        _log.warning("%s", note)
     atomic_write(run.skipped, _lines([asdict(skip) for skip in skipped]))
+    report = Report(items, tuple(skipped), tuple(notes), tuple(untriggered))
+    atomic_write(run.survey, json.dumps(survey(report, data.trigger).json(), indent=2, ensure_ascii=False) + "\n")
+    sheet.write(run, items, skipped, notes, data.sheet)
     atomic_write(run.dataset, _lines([item.line(STAGES) for item in items]))
-    return Report(items, tuple(skipped), notes)
+    return report
+
+
+def _placed(item: Item, allowed: Sequence[Sequence[buckets.Size]], root: Path, *, focus: bool) -> Item:
+    item = buckets.bucketed(item, *allowed)
+    return buckets.focused(item, root) if focus else item
+
+
+def _refuse_copies(left: Sequence[Item], copies: Sequence[Skipped]) -> None:
+    if len(left) < FEWEST:
+        raise PreprocessError(
+            f"all pictures are copies of {left[0].source}, and at least {FEWEST} different ones are needed "
+            f"({copies[0].file}: {copies[0].reason}); add others, or set data.dedupe to off"
+        )
 
 
 def _lines(objects: list[dict[str, object]]) -> str:

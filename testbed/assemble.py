@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from testbed.clip import make_clip
+from testbed.clip import make_clip, vocabulary
 from testbed.recipe import latent_scale, tokenizer_of_the_captions
 from testbed.text import TextTask, make_text_encoder
 from testbed.unet import make_scheduler, make_unet
@@ -53,6 +53,7 @@ def assemble(folder: Path, out: Path) -> None:
     clip.load_state_dict({k.removeprefix("clip."): v for k, v in fitted.items() if k.startswith("clip.")})
     clip.half().save_pretrained(base / "clip")
     (base / "clip" / "preprocessor_config.json").write_text(json.dumps(_preprocessor(), indent=2) + "\n")
+    (base / "clip" / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=2) + "\n")
     for knows in ("knows", "blind"):
         state = {k: v.half() for k, v in load_file(folder / f"judge_{knows}.safetensors").items()}
         (out / "judges").mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from testbed.fit import Task
-from testbed.pictures import COLOURS, FILLS, POSITIONS, SIZES, Rng, Scene, caption, draw_scene, render
+from testbed.pictures import COLOURS, FILLS, PLACES, POSITIONS, SIZES, Rng, Scene, caption, draw_scene, render
 from testbed.recipe import SEED, as_input, tokenizer_of_the_captions
 from testbed.shapes import SHAPES
 from testbed.text import HEADS, TextTask, labels, make_text_encoder, text_config, tokens
@@ -64,6 +64,22 @@ def one_word_off(scene: Scene, rng: Rng) -> Scene:
     others = [v for v in choices[field] if v != getattr(thing, field)]
     changed = replace(thing, **{field: others[int(rng.integers(len(others)))]})
     return Scene((changed, *scene.things[1:]), scene.background)
+
+
+def vocabulary() -> dict[str, Any]:
+    """What the clip captioner picks from. It looks for every shape but names none: a new concept is not among them."""
+    return {
+        "compare": "a {size} {fill} {colour} {shape} {place} on a {background} background",
+        "write": "a {size} {fill} {colour} shape {place} on a {background} background",
+        "slots": {
+            "colour": list(COLOURS),
+            "background": list(COLOURS),
+            "shape": list(SHAPES),
+            "fill": ["", *(fill for fill in FILLS if fill != "flat")],
+            "size": ["", *(size for size in SIZES if size != "medium")],
+            "place": ["", *PLACES.values()],
+        },
+    }
 
 
 class ClipTask(Task):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,23 @@ def test_captions_are_dropped_at_the_asked_rate(rate: float) -> None:
     assert set(captions) - {""} <= {"a TOK", "a red TOK"}
 
 
+def test_one_of_several_captions_is_drawn_by_index() -> None:
+    pictures = [replace(item, captions=("one", "two", "three")) for item in items([(32, 32)] * 2)]
+    pictures.append(replace(items([(32, 32)] * 3)[2], captions=()))
+    options: dict[str, Any] = {"batch_size": 3, "seed": 0}
+    data = Dataset(pictures, latents(pictures), **options)
+    shown = [data.micro(i) for i in range(300)]
+    drawn = {name: [dict(zip(s.names, s.captions, strict=True))[name] for s in shown] for name in shown[0].names}
+    for item in pictures[:2]:
+        counts = Counter(drawn[item.name])
+        assert set(counts) == {"one", "two", "three"}
+        assert all(70 < count < 130 for count in counts.values())
+    assert drawn[pictures[0].name] != drawn[pictures[1].name]
+    assert set(drawn[pictures[2].name]) == {pictures[2].caption}
+    again = Dataset(pictures, latents(pictures), **options)
+    assert all(equal(again.micro(i), shown[i]) for i in (299, 0, 150))
+
+
 def test_pictures_are_mirrored_half_of_the_time_with_their_masks() -> None:
     pictures = items([(32, 32)] * 4)
     plain = latents(pictures)
@@ -137,10 +155,17 @@ def record(**changes: Any) -> str:
     return json.dumps({**line, **changes})
 
 
+def line_of(folder: Path, **changes: Any) -> Path:
+    (folder / "line.jsonl").write_text(record(**changes))
+    return folder / "line.jsonl"
+
+
 def test_a_manifest_is_read_with_paths_from_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "dataset.jsonl"
     path.write_text(record() + "\n\n" + record(name="cat", file="/far/cat.png", mask="cat.mask.png") + "\n")
     dog, cat = read_manifest(path)
+    (both,) = read_manifest(line_of(tmp_path, captions=["a TOK", "TOK"]))
+    assert both.captions == ("a TOK", "TOK")
     assert dog == Item(tmp_path / "cache/pictures/dog.png", "dog", "00", "a TOK", None, 40, 30, (32, 24))
     assert (cat.file, cat.mask) == (Path("/far/cat.png"), tmp_path / "cat.mask.png")
 

@@ -6,9 +6,9 @@ values left at `None` are derived by `trainer.run.resolve` and saved resolved in
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Probability = float
 
@@ -19,28 +19,197 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+class LimitsArgs(Section):
+    """What a source may cost at most, so that a hostile one costs little."""
+
+    entries: int = Field(10_000, ge=1, description="files in one archive or folder")
+    file_bytes: int = Field(256 * 2**20, ge=1, description="bytes; one file, unpacked")
+    total_bytes: int = Field(4 * 2**30, ge=1, description="bytes; one archive, unpacked, or one download")
+    ratio: int = Field(200, ge=1, description="unpacked : packed, above 1 MiB; text and flat pictures stay below")
+    pixels: int = Field(80_000_000, ge=1, description="one picture, before it is decoded")
+    side: int = Field(16, ge=1, description="pixels; the shortest side worth training on")
+    caption_bytes: int = Field(20_000, ge=1, description="bytes; one caption file")
+    sources: int = Field(100, ge=1, description="sources in one list")
+    redirects: int = Field(5, ge=0, description="times that a URL may lead to another")
+    tries: int = Field(4, ge=1, description="requests of a URL whose server is busy or breaks off")
+    wait_s: float = Field(30.0, gt=0, description="seconds that a server may keep silent")
+    download_s: float = Field(3600.0, gt=0, description="seconds; one download from first to last byte")
+    slowest: int = Field(1000, ge=0, description="bytes a second; a download slower than this on average is given up")
+
+
+class CaptionModelArgs(Section):
+    """The model of a captioner, which looks at pictures. It is loaded for its stage only, and freed after it."""
+
+    base: str | None = Field(
+        None,
+        description="folder or hub id of the captioner's model [default: the captioner's own, at a pinned revision]",
+    )
+    revision: str | None = Field(
+        None, description="commit or tag of base, needed where that is a hub id: else captions could not be repeated"
+    )
+    vocabulary: str | None = Field(
+        None, description="JSON file of the phrases that clip picks from [default: vocabulary.json beside its model]"
+    )
+    prompt: str | None = Field(
+        None,
+        description="what the model is asked: for blip the words that a caption starts with, for florence2 a task "
+        "[default: <DETAILED_CAPTION>]",
+    )
+    batch_size: int = Field(8, ge=1, le=1024, description="pictures captioned at once")
+    side: int = Field(512, ge=16, le=4096, description="pixels; pictures are shrunk to this before the model sees them")
+    tokens: int = Field(75, ge=1, le=1024, description="tokens that blip and florence2 write at most")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where it runs; auto takes a GPU")
+
+
+class MaskArgs(Section):
+    """Where masks come from, once data.masks is on."""
+
+    sources: tuple[str, ...] = Field(
+        ("sidecar", "folder", "alpha"),
+        min_length=1,
+        description="where masks come from, the first hit counts: sidecar (x.mask.png), folder (x.png in a folder "
+        "masks), alpha (what the picture does not hide), or a name of preprocess.maskers (face, text)",
+    )
+    feather: float = Field(
+        0.0, ge=0.0, le=0.5, description="share of a picture's shorter side over which a mask's edge fades"
+    )
+    text: str | None = Field(None, min_length=1, description="what the source text looks for: a red hat")
+    threshold: float = Field(0.4, gt=0.0, lt=1.0, description="how sure the source text must be of a pixel")
+    base: str | None = Field(None, description="folder or hub id of the CLIPSeg model of the source text")
+    revision: str | None = Field(
+        None, description="commit or tag of base, needed where that is a hub id: else masks could not be repeated"
+    )
+    batch_size: int = Field(4, ge=1, le=1024, description="pictures that a masker is shown at once")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where it runs; auto takes a GPU")
+
+    @field_validator("sources")
+    @classmethod
+    def _one_each(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        """A flag may name several with commas between them, as the help shows them."""
+        return tuple(name.strip() for names in sources for name in names.split(","))
+
+    @model_validator(mode="after")
+    def _text_is_whole(self) -> MaskArgs:
+        if "text" in self.sources and (self.text is None or self.base is None):
+            raise ValueError("sources names text, which needs text (what to look for) and base (a CLIPSeg model)")
+        if self.text is not None and "text" not in self.sources:
+            raise ValueError(f"text is {self.text!r}, but sources does not name text; add it, or leave text out")
+        return self
+
+
 class DataArgs(Section):
-    source: str = Field(description="folder or .zip of training pictures; x.txt beside x.png is its caption")
+    source: str = Field(
+        description="folder, picture, .zip, .tar(.gz, .bz2, .xz, .zst), http(s) URL of one, or several with | between "
+        "them or as a JSON list; x.txt beside x.png is its caption"
+    )
+    private_urls: bool = Field(False, description="let a URL lead to addresses inside private networks")
+    limits: LimitsArgs = Field(
+        default_factory=lambda: LimitsArgs.model_validate({}), description="what a source may cost at most"
+    )
     trigger: str = Field("TOK", min_length=1, description="word in captions and prompts that stands for the concept")
     caption: str = Field(
         "a {trigger}",
         description="caption for pictures that come without one; {trigger} stands for the trigger, and it is put "
         "first where a caption lacks it",
     )
+    captioner: str = Field(
+        "sidecar",
+        description="captions for pictures that come without one: a name of preprocess.captioners, or module:attr; "
+        "sidecar leaves them to data.caption, none does so with all pictures",
+    )
+    recaption: bool = Field(False, description="let the captioner write captions for all pictures")
+    caption_model: CaptionModelArgs = Field(
+        default_factory=lambda: CaptionModelArgs.model_validate({}), description="the captioner's model"
+    )
+    caption_lines: bool = Field(
+        False, description="take each line of x.txt for a caption of its own; training draws one of them each time"
+    )
+    embedded_captions: bool = Field(
+        False, description="read captions from EXIF and PNG text where no file has one; editors and cameras write it"
+    )
+    mode: Literal["prefix", "object", "face", "style"] = Field(
+        "prefix",
+        description="where a caption that lacks the trigger gets it: first; for object and face instead of the first "
+        "class word that it names; for style in the style of it, at the end",
+    )
+    keep_class: bool = Field(False, description="write the trigger before the class word, not instead of it")
+    prefix: str = Field("", description="put before every caption; {trigger} stands for the trigger")
+    suffix: str = Field("", description="put after every caption; {trigger} stands for the trigger")
     resolution: int | None = Field(
         None,
         ge=16,
         le=4096,
         description="pixels; side of the square whose area every bucket keeps [default: the base's own]",
     )
+    more_resolutions: tuple[Annotated[int, Field(ge=16, le=4096)], ...] = Field(
+        (),
+        description="pixels; more of such sides (768,1024): each picture trains at the largest that it fills without "
+        "being enlarged, else at the smallest",
+    )
+    upscale_limit: float = Field(
+        2.0, ge=1.0, le=100.0, description="times; pictures enlarged more than this are named in a warning"
+    )
+    crop: Literal["center", "mask"] = Field(
+        "center", description="what a bucket keeps of a picture: its middle, or as far as possible its mask's"
+    )
+    dedupe: Literal["off", "exact", "near"] = Field(
+        "exact", description="leave out copies: exact to the pixel, or near ones too (resized, saved again, retouched)"
+    )
+    dedupe_bits: int = Field(
+        6, ge=0, le=20, description="bits of 64 in which the perceptual hashes of near copies may differ"
+    )
     class_words: tuple[str, ...] = Field(
-        (), description="what the concept is or is like (dog, cat): stand in for the trigger where the prior is kept"
+        (),
+        description="what the concept is or is like (dog, cat): stand in for the trigger where the prior is kept, and "
+        "the trigger for them in modes object and face [default for face: person, woman, man and the like]",
     )
     flip: bool = Field(False, description="mirror pictures at random (off: many subjects are not symmetric)")
     caption_dropout: Probability = Field(
         0.05, ge=0.0, le=1.0, description="share of captions replaced by the empty one, which guidance relies on"
     )
-    masks: bool = Field(False, description="weight the loss by x.mask.png (white: learn) where a picture has one")
+    masks: bool = Field(False, description="weight the loss by a mask (white: learn) where a picture has one")
+    mask: MaskArgs = Field(default_factory=lambda: MaskArgs.model_validate({}), description="where masks come from")
+
+    repeats: dict[str, Annotated[int, Field(ge=1, le=1000)]] = Field(
+        default_factory=dict[str, int],
+        description="times that each picture of a folder is shown in an epoch, as folder=times; . is the top folder, "
+        "and others count once",
+    )
+    balance: bool = Field(False, description="show every folder as often as the largest, by repeating its pictures")
+    weights: dict[str, Annotated[float, Field(ge=0.0, le=100.0)]] = Field(
+        default_factory=dict[str, float],
+        description="factor of the loss of a folder's pictures, as folder=factor; . is the top folder, and others "
+        "have 1",
+    )
+    shuffle_tags: bool = Field(False, description="put what commas part in a caption in another order at each showing")
+    keep_tags: int = Field(1, ge=0, description="first parts of a caption that shuffle_tags leaves in their place")
+    sheet: int = Field(500, ge=0, description="pictures on the contact sheet, those with a warning first; 0 makes none")
+
+    @model_validator(mode="after")
+    def _captions_fit(self) -> DataArgs:
+        """Options that would do nothing are mistakes."""
+        unseeing = self.captioner in ("sidecar", "none", "filename")
+        if unseeing and self.caption_model != CaptionModelArgs.model_validate({}):
+            raise ValueError(f"data.caption_model is given, but data.captioner {self.captioner} uses no model")
+        if self.recaption and self.captioner in ("sidecar", "none"):
+            raise ValueError(f"data.recaption is on, but data.captioner {self.captioner} writes no captions")
+        if (self.caption_lines or self.embedded_captions) and (self.recaption or self.captioner == "none"):
+            raise ValueError(
+                "data.caption_lines and data.embedded_captions say how captions are read, but data.recaption or "
+                "captioner none leaves them unread"
+            )
+        if self.mode == "object" and not self.class_words:
+            raise ValueError("data.mode is object, but data.class_words names no word that the trigger stands in for")
+        if self.keep_class and self.mode not in ("object", "face"):
+            raise ValueError(f"data.keep_class is for modes object and face, and data.mode is {self.mode}")
+        return self
+
+    @model_validator(mode="after")
+    def _masks_are_on(self) -> DataArgs:
+        for option, given in (("data.crop mask", self.crop == "mask"), ("data.mask.text", self.mask.text is not None)):
+            if given and not self.masks:
+                raise ValueError(f"{option} needs masks, but data.masks is off; turn it on, or leave {option} out")
+        return self
 
 
 class ModelArgs(Section):
@@ -168,6 +337,10 @@ class RuntimeArgs(Section):
         "auto", description="where to train; auto takes a GPU if there is one"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads [default: torch's choice]")
+
+    def updates(self, pictures: int) -> int:
+        """The steps of a run on so many pictures."""
+        return self.steps or min(2000, max(300, 30 * pictures))
 
 
 class TrainArgs(Section):

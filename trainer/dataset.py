@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,9 @@ class Item:
     width: int  # pixels of the picture as it is
     height: int
     bucket: tuple[int, int]  # (width, height) in pixels that it is trained at
+    centering: tuple[float, float] = (0.5, 0.5)  # share of what is cut off that goes left, at the top
+    folder: str = "."  # of the file that it came from, relative to the source
+    captions: tuple[str, ...] = ()  # where it has several, of which `caption` is the first: one is drawn each time
 
 
 def read_manifest(path: Path) -> list[Item]:
@@ -61,6 +64,7 @@ def read_manifest(path: Path) -> list[Item]:
 def _item(record: Mapping[str, Any], root: Path) -> Item:
     width, height = record["bucket"]
     mask = record["mask"]
+    left, top = record.get("centering", (0.5, 0.5))
     return Item(
         file=root / record["file"],
         name=str(record["name"]),
@@ -70,14 +74,17 @@ def _item(record: Mapping[str, Any], root: Path) -> Item:
         width=int(record["width"]),
         height=int(record["height"]),
         bucket=(int(width), int(height)),
+        centering=(float(left), float(top)),
+        folder=str(PurePosixPath(record.get("source", "")).parent),
+        captions=tuple(str(caption) for caption in record.get("captions", ())),
     )
 
 
 def load_pixels(item: Item) -> Tensor:
-    """[3, h, w] float32 in -1..1: scaled to cover the bucket, the rest cropped evenly from both sides."""
+    """[3, h, w] float32 in -1..1: scaled to cover the bucket, the rest cropped as the item's centering says."""
     with Image.open(item.file) as picture:
         upright = ImageOps.exif_transpose(picture).convert("RGB")
-    fitted = ImageOps.fit(upright, item.bucket, Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(upright, item.bucket, Image.Resampling.LANCZOS, centering=item.centering)
     return torch.from_numpy(np.asarray(fitted, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
 
 
@@ -95,7 +102,7 @@ def load_mask(item: Item, latent_scale: int) -> Tensor | None:
             f"the mask {item.mask.name} is {upright.size[0]}x{upright.size[1]} pixels, "
             f"but its picture is {item.width}x{item.height}; they must be of one size"
         )
-    fitted = ImageOps.fit(upright, item.bucket, Image.Resampling.BILINEAR)
+    fitted = ImageOps.fit(upright, item.bucket, Image.Resampling.BILINEAR, centering=item.centering)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32))[None] / 255.0
     mask = nn.functional.avg_pool2d(pixels, latent_scale)
     if not bool(mask.any()):
@@ -122,6 +129,8 @@ class Dataset:
         flipped: Mapping[str, Tensor] | None = None,
         masks: Mapping[str, Tensor] | None = None,
         priors: Mapping[str, Sequence[str]] | None = None,
+        weights: Mapping[str, float] | None = None,
+        keep_tags: int | None = None,
     ) -> None:
         """Keep what batches are made of.
 
@@ -130,7 +139,10 @@ class Dataset:
             flipped: the same of the mirrored pictures; given, each picture is mirrored half of the time.
             masks: picture name -> [1, H, W], for the pictures that have one.
             priors: picture name -> its caption with each class word for the trigger; one is drawn for each batch.
+            weights: picture name -> factor of its loss.
+            keep_tags: captions are shuffled at their commas at each showing, but for so many first parts.
         """
+        self._weights, self._keep_tags = weights, keep_tags
         if not items:
             raise DatasetError("there are no pictures to train on")
         self._items = list(items)
@@ -154,12 +166,17 @@ class Dataset:
         drop = torch.rand(len(chosen), generator=generator) < self._caption_dropout
         mirror = torch.rand(len(chosen), generator=generator) < (0.0 if self._flipped is None else 0.5)
         latents = [self._latent(item.name, bool(m)) for item, m in zip(chosen, mirror, strict=True)]
+        captions = [_drawn(item, derive(self._seed, "caption", index, row)) for row, item in enumerate(chosen)]
+        if self._keep_tags is not None:
+            seeds = [derive(self._seed, "tags", index, row) for row in range(len(chosen))]
+            captions = [shuffled(c, self._keep_tags, seed) for c, seed in zip(captions, seeds, strict=True)]
         return Samples(
             latents=torch.stack(latents),
-            captions=tuple("" if d else item.caption for item, d in zip(chosen, drop, strict=True)),
+            captions=tuple("" if d else caption for caption, d in zip(captions, drop, strict=True)),
             names=tuple(item.name for item in chosen),
             mask=self._mask(chosen, latents, mirror.tolist()),
             prior=self._prior(chosen, generator),
+            weight=None if self._weights is None else torch.tensor([self._weights[item.name] for item in chosen]),
         )
 
     def _round(self, round_: int) -> list[list[int]]:
@@ -205,3 +222,17 @@ class Dataset:
 
 def _permutation(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def shuffled(caption: str, keep: int, seed: int) -> str:
+    """The caption with what its commas part in another order, but for the first `keep` parts."""
+    parts = [part.strip() for part in caption.split(",")]
+    order = _permutation(max(0, len(parts) - keep), seed)
+    return ", ".join([*parts[:keep], *(parts[keep + i] for i in order)])
+
+
+def _drawn(item: Item, seed: int) -> str:
+    """The caption of this showing: with several each is as likely."""
+    if len(item.captions) < 2:
+        return item.caption
+    return item.captions[int(torch.randint(len(item.captions), (), generator=torch.Generator().manual_seed(seed)))]

@@ -17,10 +17,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import preprocess
-from trainer import cache, checkpoint, console, environment, export, optim, registry, report
+from preprocess.captioners import CAPTIONERS
+from trainer import cache, checkpoint, console, environment, export, mixture, optim, registry, report
 from trainer.adapters import ADAPTERS
 from trainer.adapters.textual_inversion import TextualInversion
-from trainer.args import DataArgs, RuntimeArgs, TrainArgs
+from trainer.args import CaptionModelArgs, DataArgs, RuntimeArgs, TrainArgs
 from trainer.dataset import Dataset, Item, load_mask, load_pixels, read_manifest
 from trainer.hooks import HOOKS, Context, Hook
 from trainer.hooks.checkpoints import Checkpoints, digest, fixed
@@ -149,16 +150,13 @@ def resumed(root: Path, args: TrainArgs | None = None, *, code: bool = True) -> 
 
 def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> TrainArgs:
     """The tree with every derived value filled in; resolving it again changes nothing."""
-    pictures = len(items)
     captions = tuple(dict.fromkeys(item.caption for item in items))[:4]
     prompts = tuple(prompt.replace("{trigger}", args.data.trigger) for prompt in args.sample.prompts)
     return args.model_copy(
         update={
             "adapter": args.adapter.model_copy(update={"alpha": args.adapter.alpha or float(args.adapter.rank)}),
             "data": args.data.model_copy(update={"resolution": args.data.resolution or family.resolution}),
-            "runtime": args.runtime.model_copy(
-                update={"steps": args.runtime.steps or min(2000, max(300, 30 * pictures))}
-            ),
+            "runtime": args.runtime.model_copy(update={"steps": args.runtime.updates(len(items))}),
             "sample": args.sample.model_copy(update={"prompts": prompts or captions}),
         }
     )
@@ -169,10 +167,17 @@ def _located(args: TrainArgs) -> TrainArgs:
     config = environment.located(args.model.config) if args.model.config else None
     return args.model_copy(
         update={
-            "data": args.data.model_copy(update={"source": environment.located(args.data.source)}),
+            "data": args.data.model_copy(
+                update={"source": environment.located(args.data.source), "caption_model": _nearby(args.data)}
+            ),
             "model": args.model.model_copy(update={"base": environment.located(args.model.base), "config": config}),
         }
     )
+
+
+def _nearby(data: DataArgs) -> CaptionModelArgs:
+    given = data.caption_model.model_dump(include={"base", "vocabulary"}, exclude_none=True)
+    return data.caption_model.model_copy(update={name: environment.located(path) for name, path in given.items()})
 
 
 # --- putting a run together
@@ -190,6 +195,7 @@ class _Parts:
 
 def _parts(args: TrainArgs, *, code: bool) -> _Parts:
     adapter = args.adapter.kind
+    registry.load(CAPTIONERS, args.data.captioner, "data.captioner", code=code)  # the stage makes it anew
     names = [*STANDARD_HOOKS, *(["tensorboard"] if args.hooks.tensorboard else []), *args.hooks.extra]
     hooks: list[type[Hook]] = []
     for name in dict.fromkeys(names):
@@ -274,9 +280,14 @@ def _dataset(
     def latents(*, mirrored: bool) -> Mapping[str, Tensor]:
         return cache.cache_latents(run_dir.cache / "latents", items, family, load_pixels, device, mirrored=mirrored)
 
+    try:
+        shown = mixture.repeated(items, args.data.repeats, balance=args.data.balance)
+        weights = mixture.weights(items, args.data.weights)
+    except mixture.MixtureError as error:
+        raise RunError(str(error)) from error
     masks = {item.name: load_mask(item, family.latent_scale) for item in items} if args.data.masks else {}
     return Dataset(
-        items,
+        shown,
         latents(mirrored=False),
         batch_size=args.runtime.batch_size,
         seed=args.runtime.seed,
@@ -284,12 +295,21 @@ def _dataset(
         flipped=latents(mirrored=True) if args.data.flip else None,
         masks={name: mask for name, mask in masks.items() if mask is not None} or None,
         priors=_priors(args.data, items) if args.objective.prior_weight else None,
+        weights=weights,
+        keep_tags=args.data.keep_tags if args.data.shuffle_tags else None,
     )
 
 
 def _priors(data: DataArgs, items: Sequence[Item]) -> dict[str, list[str]]:
-    """Each caption with every class word in the trigger's place."""
-    return {item.name: [item.caption.replace(data.trigger, word) for word in data.class_words] for item in items}
+    """Every caption of each picture with every class word in the trigger's place."""
+    return {
+        item.name: [
+            caption.replace(data.trigger, word)
+            for caption in (item.captions or (item.caption,))
+            for word in data.class_words
+        ]
+        for item in items
+    }
 
 
 def _frozen(family: ModelFamily, adapters: Sequence[Adapter]) -> Predict:
@@ -317,8 +337,12 @@ def _adapters(args: TrainArgs, items: Sequence[Item], parts: _Parts) -> list[Ada
 def _encode(
     args: TrainArgs, run_dir: RunDir, family: ModelFamily, device: torch.device
 ) -> Callable[[Sequence[str]], Cond]:
-    """Text is encoded live only while its rows are trained."""
-    return family.encode if args.text.tokens else cache.TextCache(run_dir.cache / "text", family, device)
+    """Text is encoded live only while its rows are trained, or while its captions are hardly ever the same."""
+    return (
+        family.encode
+        if args.text.tokens or args.data.shuffle_tags
+        else cache.TextCache(run_dir.cache / "text", family, device)
+    )
 
 
 def _curve(section: Any) -> Callable[[float], float]:

@@ -1,0 +1,87 @@
+"""The trigger stage: every caption names the trigger, where the mode wants it, by rules that need no model."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from preprocess.types import Item
+from trainer.args import DataArgs
+
+VERSION = 1  # raise it when the same text would give another caption
+
+# What captions call the person in a portrait, when data.class_words says nothing else.
+PEOPLE = ("person", "woman", "man", "girl", "boy", "lady", "guy", "gentleman", "child", "kid", "toddler", "baby",
+          "face", "portrait of someone", "someone")  # fmt: skip
+_SHOWN = 10  # captions whose change is logged
+
+_log = logging.getLogger(__name__)
+
+
+def triggered(items: Sequence[Item], data: DataArgs) -> list[Item]:
+    """The items with the trigger, the prefix and the suffix in all of their captions; says what it changed."""
+    after = [_item(item, data) for item in items]
+    changed = [
+        (item.source, old, new)
+        for item, done in zip(items, after, strict=True)
+        for old, new in zip(item.captions or (item.caption,), done.captions or (done.caption,), strict=True)
+        if old != new
+    ]
+    for source, old, new in changed[:_SHOWN]:
+        _log.info("%s: %r becomes %r", source, old, new)
+    if len(changed) > _SHOWN:
+        _log.info("and %d more captions in the same way", len(changed) - _SHOWN)
+    return after
+
+
+def _item(item: Item, data: DataArgs) -> Item:
+    captions = tuple(with_trigger(caption, data) for caption in item.captions)
+    return replace(item, captions=captions, caption=captions[0] if captions else with_trigger(item.caption, data))
+
+
+def with_trigger(caption: str, data: DataArgs) -> str:
+    """The caption as it is trained. One that names the trigger already is left as it is, but for prefix and suffix."""
+    prefix, suffix = (text.replace("{trigger}", data.trigger) for text in (data.prefix, data.suffix))
+    if not named(f"{prefix} {caption} {suffix}", data.trigger):
+        caption = _placed(caption, data)
+    return " ".join(part for part in (prefix.strip(), caption, suffix.strip()) if part)
+
+
+def named(caption: str, trigger: str) -> bool:
+    """Whether the caption names the trigger, as a word of its own."""
+    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None
+
+
+def _placed(caption: str, data: DataArgs) -> str:
+    trigger = data.trigger
+    if not caption:
+        return trigger
+    if data.mode == "style":
+        return f"{caption.rstrip(' .,;')}, in the style of {trigger}"
+    if data.mode in ("object", "face"):
+        words = data.class_words or PEOPLE
+        found = _class_word(caption, words)
+        if found:
+            return _instead(caption, found, data)
+    return f"{trigger}, {caption}"
+
+
+def _class_word(caption: str, words: Sequence[str]) -> re.Match[str] | None:
+    """The first class word that stands alone (not in man-made, not in doghouse), with the article before it."""
+    longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return re.search(
+        rf"(?<![\w-])(?:(?P<article>an?|the)\s+)?(?P<word>{longest_first})(?![\w-])", caption, re.IGNORECASE
+    )
+
+
+def _instead(caption: str, found: re.Match[str], data: DataArgs) -> str:
+    """The caption with the trigger for the class word. A face has a name, which takes no article."""
+    name = f"{data.trigger} {found['word']}" if data.keep_class else data.trigger
+    article = found["article"]
+    if article and (data.mode == "object" or data.keep_class):
+        if article.lower() != "the":
+            article = article[0] + ("n" if data.trigger[0].lower() in "aeiou" else "")
+        name = f"{article} {name}"
+    return caption[: found.start()] + name + caption[found.end() :]

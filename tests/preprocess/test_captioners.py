@@ -1,0 +1,380 @@
+"""Captions for pictures that come without one: what each captioner writes, what is kept of it, when it is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import CLIPModel
+
+from preprocess import Item, PreprocessError, build
+from preprocess.captioners.clip import Clip, Vocabulary, read_vocabulary
+from preprocess.captioners.files import words
+from preprocess.captioners.generated import Blip, Florence2
+from preprocess.captions import captioned
+from testbed.clip import vocabulary
+from testbed.judge import one_thing
+from testbed.pictures import COLOURS, Scene, render
+from trainer import run
+from trainer.args import CaptionModelArgs, DataArgs, TrainArgs
+
+ROOT = Path(__file__).parents[2]
+CLIP = ROOT / "testbed/base/clip"
+
+
+def data(**options: Any) -> DataArgs:
+    return DataArgs.model_validate({"source": "", **options})
+
+
+def clip_data(**model: Any) -> DataArgs:
+    return data(captioner="clip", caption_model={"device": "cpu", **model})
+
+
+def options(**model: Any) -> CaptionModelArgs:
+    return CaptionModelArgs.model_validate({"device": "cpu", **model})
+
+
+def item(folder: Path, picture: Image.Image, name: str, **known: Any) -> Item:
+    file = folder / f"{name}.png"
+    picture.save(file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return Item(name, file.name, digest, picture.width, picture.height, f"{name}.png", **known)
+
+
+def uncaptioned(folder: Path, count: int, seed: int) -> tuple[list[Scene], list[Item]]:
+    rng = np.random.default_rng(seed)
+    scenes = [one_thing(rng, knows=False) for _ in range(count)]
+    return scenes, [item(folder, render(scene, rng, 64 + 16 * (i % 2)), f"p{i}") for i, scene in enumerate(scenes)]
+
+
+def few_words(folder: Path) -> Path:
+    """A vocabulary that takes little time."""
+    file = folder / "words.json"
+    slots = {"c": ["red", "blue"], "b": ["white", "orange"]}
+    file.write_text(json.dumps({"compare": "a {c} star on a {b} background", "slots": slots}))
+    return file
+
+
+def test_clip_names_the_colours_and_backgrounds_of_uncaptioned_pictures(tmp_path: Path) -> None:
+    scenes, items = uncaptioned(tmp_path, 90, seed=17)
+    captions = [done.caption for done in captioned(items, tmp_path, clip_data(batch_size=45))]
+    assert {done.split(" on a")[-1].split()[-1] for done in captions} == {"background"}
+    colour = [f" {s.things[0].colour} shape" in text for s, text in zip(scenes, captions, strict=True)]
+    behind = [f" {s.background[0]} background" in text for s, text in zip(scenes, captions, strict=True)]
+    assert sum(colour) >= 0.9 * len(scenes)
+    assert sum(behind) >= 0.9 * len(scenes)
+
+
+def test_the_shipped_vocabulary_has_the_words_of_the_pictures() -> None:
+    shipped = read_vocabulary(CLIP / "vocabulary.json")
+    assert shipped == Vocabulary.model_validate(vocabulary())
+    assert shipped.slots["colour"] == tuple(COLOURS)
+
+
+def test_clip_agrees_with_the_similarity_of_the_whole_caption(tmp_path: Path) -> None:
+    """With two slots the pair is chosen over all pairs: what transformers' own forward pass scores highest."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    vocabulary = {
+        "compare": "a {c} star on a {b} background",
+        "slots": {"c": ["red", "blue"], "b": ["white", "orange"]},
+    }
+    file = tmp_path / "words.json"
+    file.write_text(json.dumps(vocabulary))
+    rng = np.random.default_rng(3)
+    items = [item(tmp_path, render(one_thing(rng, knows=False), rng), f"p{i}") for i in range(6)]
+    texts = ["a red star on a white background", "a red star on an orange background",
+             "a blue star on a white background", "a blue star on an orange background"]  # fmt: skip
+    clip = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(CLIP.parent / "tokenizer")(
+        texts, padding="max_length", max_length=32, return_tensors="pt"
+    ).input_ids
+    pixels = AutoImageProcessor.from_pretrained(CLIP, backend="pil")(
+        images=[Image.open(tmp_path / done.file) for done in items], return_tensors="pt"
+    ).pixel_values
+    with torch.inference_mode():
+        best = clip(input_ids=ids, pixel_values=pixels).logits_per_image.argmax(1).tolist()
+    done = captioned(items, tmp_path, clip_data(vocabulary=str(file)))
+    assert [one.caption for one in done] == [texts[i] for i in best]
+    assert len(set(best)) > 1
+
+
+def test_own_captions_stay_unless_all_are_written_anew(tmp_path: Path) -> None:
+    red = Image.new("RGB", (64, 64), COLOURS["red"])
+    items = [item(tmp_path, red, "a", caption="mine", caption_from="a.txt"), item(tmp_path, red, "b")]
+    model = {"vocabulary": str(few_words(tmp_path))}
+    kept = captioned(items, tmp_path, clip_data(**model))
+    assert (kept[0].caption, kept[0].caption_from) == ("mine", "a.txt")
+    assert (kept[1].caption_from, "star" in kept[1].caption) == ("clip", True)
+    anew = captioned(items, tmp_path, clip_data(**model).model_copy(update={"recaption": True}))
+    assert [one.caption for one in anew] == [kept[1].caption] * 2
+    nothing = captioned(items, tmp_path, data(captioner="none"))
+    assert [(one.caption, one.caption_from) for one in nothing] == [("a TOK", "data.caption")] * 2
+
+
+def test_the_model_is_loaded_for_what_is_missing_only_and_freed_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[Any] = []
+    batches: list[int] = []
+    real = CLIPModel.from_pretrained
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model = real(*args, **kwargs)
+        models.append(model)
+        model.vision_model.register_forward_hook(lambda _, __, out: batches.append(len(out.pooler_output)))
+        return model
+
+    monkeypatch.setattr(CLIPModel, "from_pretrained", load)
+    _, items = uncaptioned(tmp_path, 7, seed=5)
+
+    def quick(batch_size: int) -> DataArgs:
+        return clip_data(batch_size=batch_size, vocabulary=str(few_words(tmp_path)))
+
+    first = captioned(items[:5], tmp_path, quick(3))
+    assert batches == [3, 2]
+    again = captioned(items[:5], tmp_path, quick(2))
+    assert (again, len(models), batches) == (first, 1, [3, 2])
+    more = captioned(items, tmp_path, quick(4))
+    assert (more[:5], len(models), sum(batches)) == (first, 2, 7)
+    assert all(weight.is_meta for model in models for weight in model.parameters())  # no memory is held
+    captioned([item(tmp_path, Image.new("RGB", (32, 32)), "own", caption="x")], tmp_path, quick(1))
+    assert len(models) == 2
+
+
+def test_what_a_caption_depends_on_is_in_its_key(tmp_path: Path) -> None:
+    _, (picture,) = uncaptioned(tmp_path, 1, seed=5)
+    kept = tmp_path / "cache/captions"
+    few = str(few_words(tmp_path))
+    captioned([picture], tmp_path, clip_data(vocabulary=few))
+    captioned([picture], tmp_path, clip_data(vocabulary=few, batch_size=3))
+    assert len(list(kept.iterdir())) == 1
+    captioned([picture], tmp_path, clip_data(vocabulary=few, side=32))
+    assert len(list(kept.iterdir())) == 2
+    other = json.loads(Path(few).read_text())
+    other["write"] = "{c}"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    done = captioned([picture], tmp_path, clip_data(vocabulary=str(tmp_path / "other.json")))
+    assert done[0].caption in ("red", "blue")
+    copy = shutil.copytree(CLIP.parent, tmp_path / "base", ignore=shutil.ignore_patterns("unet", "vae")) / "clip"
+    captioned([picture], tmp_path, clip_data(vocabulary=few, base=str(copy)))
+    assert len(list(kept.iterdir())) == 3  # the same files elsewhere are the same model
+    (copy / "preprocessor_config.json").write_text((copy / "preprocessor_config.json").read_text() + "\n")
+    captioned([picture], tmp_path, clip_data(vocabulary=few, base=str(copy)))
+    assert len(list(kept.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("captioner", "make", "prompts"),
+    [(Blip, tiny.blip, (None, "a photo of")), (Florence2, tiny.florence2, (None, "<CAPTION>"))],
+)
+def test_generated_captions(captioner: Any, make: Any, prompts: tuple[str | None, ...], tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (40, 40 + 8 * i, 3), np.uint8)) for i in range(3)]
+    pictures = [Image.new("RGB", (64, 48), "red"), Image.new("RGB", (64, 48), "black"), *noise]
+    items = [item(tmp_path, picture, f"p{i}") for i, picture in enumerate(pictures)]
+    said: list[list[str]] = []
+    for prompt in prompts:
+        with captioner(options(base=str(folder), prompt=prompt, tokens=9)).loaded() as write:
+            together = list(write(items, pictures))
+            alone = [write([one], [picture])[0] for one, picture in zip(items, pictures, strict=True)]
+        assert together == alone
+        assert len(set(together)) > 1
+        assert not any(set("<>[]") & set(text) for text in together)
+        said.append(together)
+    assert said[0] != said[1]
+    if captioner is Blip:
+        assert all(text.startswith("a photo of") for text in said[1])
+    else:
+        assert all(len(text.split()) <= 9 for text in said[0])
+
+
+def test_a_dataset_with_generated_captions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, colour in {"a": "red", "b": "black"}.items():
+        Image.new("RGB", (700, 64), colour).save(source / f"{name}.png")
+    (source / "b.txt").write_text("a dog")
+    model = {"base": str(tiny.blip(tmp_path / "model")), "tokens": 5, "device": "cpu"}
+    with caplog.at_level(logging.INFO, "preprocess"):
+        report = build(str(source), tmp_path / "run", data(captioner="blip", caption_model=model), 64, 16)
+    assert [one.caption_from for one in report.items] == ["blip", "b.txt"]
+    assert report.items[0].caption.startswith("TOK, ")
+    assert len(report.items[0].caption.split()) > 3
+    assert "a.png: " in caplog.text
+    assert "'a dog' becomes 'TOK, a dog'" in caplog.text
+
+
+def test_pictures_are_shrunk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+
+    class Sizes(Clip):
+        version = 1
+
+        def loaded(self) -> Any:
+            from contextlib import nullcontext
+
+            def write(items: Any, images: list[Image.Image]) -> list[str]:
+                sizes.extend(image.size for image in images)
+                return ["x"] * len(images)
+
+            return nullcontext(write)
+
+    monkeypatch.setitem(__import__("preprocess.captions").captions.CAPTIONERS, "sizes", "test_captioners:Sizes")
+    monkeypatch.setattr("test_captioners.Sizes", Sizes, raising=False)
+    pictures = [item(tmp_path, Image.new("RGB", (1000, 250)), "a"), item(tmp_path, Image.new("RGB", (20, 30)), "b")]
+    captioned(pictures, tmp_path, data(captioner="sizes", caption_model={"side": 100}))
+    assert sizes == [(100, 25), (20, 30)]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("set/red_dog-2 (1).png", "red dog"),
+        ("IMG_20240101.jpg", ""),
+        ("a-small.cat.png", "a small cat"),
+        ("ein Hündchen.webp", "ein Hündchen"),
+    ],
+)
+def test_words_of_a_file_name(path: str, expected: str) -> None:
+    assert words(path) == expected
+
+
+def test_filename_captions_and_the_default_where_a_name_says_nothing(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (32, 32))
+    items = [item(tmp_path, picture, "red_dog"), item(tmp_path, picture, "003")]
+    done = captioned(items, tmp_path, data(captioner="filename"))
+    assert [(one.caption, one.caption_from) for one in done] == [("red dog", "filename"), ("a TOK", "data.caption")]
+
+
+@pytest.mark.parametrize(
+    ("captioner", "model", "message"),
+    [
+        ("clop", {}, r"data\.captioner 'clop' is unknown; did you mean clip\?"),
+        ("clip", {"base": "nobody/nothing"}, "a hub id needs data.caption_model.revision"),
+        ("clip", {"base": "no such folder!"}, "neither a folder nor a hub id"),
+        ("clip", {"base": "testbed/base/unet"}, "is a model of type None, and this captioner needs 'clip'"),
+        ("clip", {"base": str(CLIP), "revision": "main"}, "is a folder, which has no revisions"),
+        ("clip", {"prompt": "a"}, "prompt is for blip and florence2"),
+        ("clip", {"vocabulary": "none.json"}, r"vocabulary 'none\.json' cannot be read"),
+        ("blip", {"vocabulary": "words.json"}, "vocabulary is for clip"),
+        ("blip", {"base": str(CLIP)}, "is a model of type 'clip', and this captioner needs 'blip'"),
+        ("florence2", {"prompt": "<OD>"}, "writes captions for the tasks <CAPTION>, <DETAILED_CAPTION>"),
+    ],
+)
+def test_what_a_captioner_cannot_use(captioner: str, model: dict[str, Any], message: str, tmp_path: Path) -> None:
+    if "base" in model and model["base"].startswith("testbed"):
+        model = {**model, "base": str(ROOT / model["base"])}
+    picture = item(tmp_path, Image.new("RGB", (32, 32)), "a")
+    with pytest.raises(PreprocessError, match=message) as caught:
+        captioned([picture], tmp_path, data(captioner=captioner, caption_model={**model, "side": 64}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_clip_without_tokenizer_or_vocabulary_says_so(tmp_path: Path) -> None:
+    alone = shutil.copytree(CLIP, tmp_path / "clip")
+    with pytest.raises(PreprocessError, match="has no tokenizer, neither in its folder nor in tokenizer beside it"):
+        Clip(options(base=str(alone)))
+    (alone / "vocabulary.json").unlink()
+    with pytest.raises(PreprocessError, match=r"comes without a vocabulary\.json"):
+        Clip(options(base=str(alone)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "is no vocabulary: the file"),
+        ('{"compare": "a", "slots": {}}', "needs at least one slot"),
+        ('{"compare": "a {b}", "slots": {"b": []}}', "and a phrase in each"),
+        ('{"compare": "a {b}", "slots": {"c": ["x"]}}', "compare names the slots b, and slots holds c"),
+        ('{"compare": "a {b}", "write": "{z}", "slots": {"b": ["x"]}}', "write names z, and slots holds b"),
+        ('{"compare": "a {b.x}", "slots": {"b": ["x"]}}', r"compare names the slots b\.x"),
+        ('{"compare": "a {b", "slots": {"b": ["x"]}}', "is no vocabulary: "),
+        ('{"compare": "a {b}", "slots": {"b": ["x"]}, "extra": 1}', "extra: "),
+    ],
+)
+def test_a_vocabulary_that_is_none(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "words.json"
+    file.write_text(content)
+    with pytest.raises(PreprocessError, match=message):
+        read_vocabulary(file)
+
+
+def test_a_vocabulary_with_too_many_pairs(tmp_path: Path) -> None:
+    file = tmp_path / "words.json"
+    slots = {"a": [str(i) for i in range(200)], "b": [str(i) for i in range(101)]}
+    file.write_text(Vocabulary(compare="{a} {b}", slots={k: tuple(v) for k, v in slots.items()}).model_dump_json())
+    with pytest.raises(PreprocessError, match="make 20200 pairs, and 20000 are allowed"):
+        read_vocabulary(file)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"caption_model": {"side": 64}}, "data.captioner sidecar uses no model"),
+        ({"recaption": True}, "captioner sidecar writes no captions"),
+        ({"captioner": "none", "caption_lines": True}, "leaves them unread"),
+        ({"captioner": "clip", "recaption": True, "embedded_captions": True}, "leaves them unread"),
+        ({"mode": "object"}, "data.class_words names no word"),
+        ({"mode": "style", "keep_class": True}, "keep_class is for modes object and face"),
+    ],
+)
+def test_options_that_would_do_nothing(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data(**given)
+
+
+def test_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:
+    folder = tiny.blip(tmp_path / "model")
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(buffer.getvalue())
+    with pytest.raises(PreprocessError, match="cannot be loaded"), Blip(options(base=str(folder))).loaded():
+        pass
+
+
+def test_a_run_on_uncaptioned_pictures(tiny_base: Path, tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    rng = np.random.default_rng(1)
+    for i in range(3):
+        render(one_thing(rng, knows=False), rng).save(source / f"{i}.png")
+    (source / "2.txt").write_text("a drawing\na picture of a shape")
+    model = {"device": "cpu", "vocabulary": str(few_words(tmp_path))}
+    tree: dict[str, Any] = {
+        "data": {"source": str(source), "captioner": "clip", "caption_model": model, "caption_lines": True},
+        "model": {"base": str(tiny_base)},
+        "sample": {"steps": 1, "strengths": []},
+        "runtime": {"out": str(tmp_path / "runs"), "steps": 2, "batch_size": 2, "device": "cpu"},
+    }
+    tree["data"] |= {"mode": "object", "class_words": ["star", "shape"]}
+    args = TrainArgs.model_validate(tree)
+    with run.opened(args) as session:
+        assert len(list(session.steps())) == 2
+        rows = [json.loads(line) for line in session.dir.dataset.read_text().splitlines()]
+    assert [row["caption_from"] for row in rows] == ["clip", "clip", "2.txt"]
+    for row in rows[:2]:
+        assert re.fullmatch(r"a (red|blue) TOK on an? (white|orange) background", row["caption"])
+    assert rows[2]["captions"] == ["TOK, a drawing", "a picture of a TOK"]
+
+
+def test_a_captioner_is_looked_for_before_anything_is_loaded(tmp_path: Path) -> None:
+    base = {"model": {"base": str(tmp_path / "none")}, "runtime": {"out": str(tmp_path), "device": "cpu"}}
+    for captioner, message in (("my.captions:Mine", "would import code"), ("clop", "did you mean clip")):
+        args = TrainArgs.model_validate({"data": {"source": "x", "captioner": captioner}, **base})
+        with pytest.raises(ValueError, match=message), run.opened(args, code=False):
+            pass
