@@ -141,7 +141,7 @@ def _request(url: httpx2.URL, rules: _Rules) -> Download | str:
     except PrivateAddressError as error:
         raise PreprocessError(f"{shown(str(url))} is refused: {error}") from error
     except _TROUBLE as error:
-        if isinstance(error.__cause__, Exception) and "certificate" in str(error).lower():
+        if "certificate" in str(error).lower():
             raise PreprocessError(f"{shown(str(url))} is refused: its certificate is not trusted: {error}") from error
         raise _AgainError(_trouble(error, limits)) from error
     except (httpcore2.ProtocolError, httpcore2.UnsupportedProtocol) as error:

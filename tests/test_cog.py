@@ -82,6 +82,12 @@ def test_a_caller_cannot_bring_code(tmp_path: Path) -> None:
             cog_door.train({**BLANK, "input_images": str(tmp_path), "args": args % evil})
 
 
+@pytest.mark.parametrize("args", ['{"data": {"private_urls": true}}', '{"data": {"limits": {"entries": 1000000}}}'])
+def test_a_caller_cannot_reach_into_the_operators_network(tmp_path: Path, args: str) -> None:
+    with pytest.raises(ValueError, match="are for the operator of this server"):
+        cog_door.train({**BLANK, "input_images": str(tmp_path), "args": args})
+
+
 def test_a_tar_that_leads_out_is_refused(tmp_path: Path) -> None:
     bad = tmp_path / "bad.tar"
     with tarfile.open(bad, "w") as tar:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 from hostile import SQUEEZE, everything, png, tarred, zipped
 
-from preprocess import Limits, PreprocessError, ingest
+from preprocess import Limits, PreprocessError, fetch, ingest
 from preprocess.fetch import download, shown
 from preprocess.network import addresses, public
 
@@ -22,7 +25,7 @@ Answer = Callable[[socket.socket, int], None]  # the connection, how many came b
 
 
 @contextmanager
-def serving(answer: Answer) -> Iterator[str]:
+def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """A server of one connection at a time, which reads a request and leaves the rest to `answer`."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         listener.settimeout(0.05)
@@ -37,6 +40,8 @@ def serving(answer: Answer) -> Iterator[str]:
                     continue
                 with connection, suppress(OSError):
                     connection.settimeout(5)
+                    if tls:
+                        connection = tls.wrap_socket(connection, server_side=True)
                     connection.recv(65536)  # a request is short: it comes at once
                     answer(connection, count)
                 count += 1
@@ -157,6 +162,29 @@ def test_urls_that_are_not_fetched(tmp_path: Path, url: str, sentence: str) -> N
 def test_a_redirect_out_of_the_web_is_refused(to: str) -> None:
     with serving(leading(to)) as url, pytest.raises(PreprocessError, match=r"is refused: only http|is no URL"):
         fetched(url)
+
+
+def test_a_redirect_from_https_to_http_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_request", lambda url, rules: f"http://{url.host}/a?key=1")
+    with pytest.raises(PreprocessError) as error:
+        download("https://h/", Limits(), sleep=no_sleep)
+    assert str(error.value) == "https://h/ is refused: it leads from https to http://h/a, which is not"
+
+
+def test_a_server_that_speaks_no_tls() -> None:
+    with serving(reply(b"x")) as url, pytest.raises(PreprocessError, match=r"cannot be downloaded: .*, 2 times"):
+        fetched(url.replace("http", "https"))
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="a certificate is made by the openssl program")
+def test_a_certificate_that_nobody_signed_is_refused(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-keyout", key]
+    subprocess.run([*command, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with serving(reply(b"x"), context) as url, pytest.raises(PreprocessError, match="its certificate is not trusted"):
+        fetched(url.replace("http", "https"))
 
 
 def test_redirects_are_followed_and_counted() -> None:
