@@ -61,8 +61,10 @@ def test_mirrored_latents_are_those_of_the_mirrored_picture(family: SD15, tmp_pa
     assert len({name.split(".")[-2] for name in names(tmp_path)}) == 2, "one key for both"
 
 
-@pytest.mark.parametrize("change", [{"sha256": "cd"}, {"bucket": (48, 32)}])
-def test_another_picture_or_bucket_is_another_entry(change: dict[str, object], family: SD15, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"sha256": "cd"}, {"bucket": (48, 32)}, {"centering": (0.2, 0.5)}])
+def test_another_picture_bucket_or_crop_is_another_entry(
+    change: dict[str, object], family: SD15, tmp_path: Path
+) -> None:
     cache_latents(tmp_path, [item()], family, load, CPU)
     cache_latents(tmp_path, [dataclasses.replace(item(), **change)], family, load, CPU)  # type: ignore[arg-type]
     assert len(names(tmp_path)) == 2

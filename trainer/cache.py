@@ -38,6 +38,8 @@ class Picture(Protocol):
     def sha256(self) -> str: ...
     @property
     def bucket(self) -> tuple[int, int]: ...
+    @property
+    def centering(self) -> tuple[float, float]: ...
 
 
 P = TypeVar("P", bound=Picture)
@@ -98,7 +100,7 @@ def cache_latents(
             "kind": "latents",
             "picture": picture.sha256,
             "bucket": list(picture.bucket),
-            "crop": CROP,
+            "crop": CROP if picture.centering == (0.5, 0.5) else f"{CROP}, but at {picture.centering}",
             "mirrored": mirrored,
             "family": family.name,
             "vae": vae,
