@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from preprocess import Item, PreprocessError, buckets, build
+from preprocess import STAGES, Item, PreprocessError, buckets, build
 from preprocess.captions import captioned
+from preprocess.trigger import triggered
 from trainer.args import DataArgs
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def test_a_folder_becomes_a_dataset(tmp_path: Path) -> None:
     assert [row["bucket"] for row in rows] == [[48, 80], [64, 64], [80, 48]]
     assert [(row["width"], row["height"]) for row in rows] == [(32, 64), (64, 64), (64, 32)]
     assert {row["mask"] for row in rows} == {None}
-    assert rows[0]["stages"] == {"ingest": 1, "captions": 1, "buckets": 1}
+    assert rows[0]["stages"] == STAGES
     for row in rows:
         assert hashlib.sha256((run / row["file"]).read_bytes()).hexdigest() == row["sha256"]
         with Image.open(run / row["file"]) as image:
@@ -113,7 +114,7 @@ def test_a_source_that_is_not_there_or_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(PreprocessError, match="does not exist"):
         build(str(tmp_path / "nowhere"), tmp_path / "run", data(), resolution=64, step=16)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(PreprocessError, match="neither a folder nor a zip"):
+    with pytest.raises(PreprocessError, match="neither a folder nor a picture, zip or tar"):
         build(str(tmp_path / "notes.txt"), tmp_path / "run", data(), resolution=64, step=16)
 
 
@@ -141,8 +142,9 @@ def test_masks_are_read_when_asked_for_and_only_then(tmp_path: Path) -> None:
         ("", "a TOK"),
     ],
 )
-def test_every_caption_names_the_trigger(own: str, expected: str) -> None:
-    assert captioned(item(caption=own), "TOK", "a {trigger}").caption == expected
+def test_every_caption_names_the_trigger(tmp_path: Path, own: str, expected: str) -> None:
+    (done,) = triggered(captioned([item(caption=own)], tmp_path, data()), data())
+    assert done.caption == expected
 
 
 @given(st.integers(16, 1024), st.sampled_from([8, 16, 32, 64]), st.integers(1, 5000), st.integers(1, 5000))
@@ -190,7 +192,7 @@ def test_names_differ_where_case_does_not_count(tmp_path: Path) -> None:
     for name in ("a.png", "more/A.png", "more/ä ö.png"):
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "source" / name)
-    report = build(str(tmp_path / "source"), tmp_path / "run", data(), resolution=32, step=16)
+    report = build(str(tmp_path / "source"), tmp_path / "run", data(dedupe="off"), resolution=32, step=16)
     assert [row.name for row in report.items] == ["a", "A-2", "ä_ö"]
 
 
@@ -209,10 +211,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path / "set")], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "3 pictures, 0 left out" in done.stdout
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set/cache").rglob("*")}
     again = subprocess.run([*command, str(tmp_path / "set")], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert again.stderr.count("\n") == 1
-    assert "exists already" in again.stderr
+    assert (again.returncode, again.stderr) == (0, "")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set/cache").rglob("*")} == before
+    taken = subprocess.run([*command, str(source)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert taken.returncode == 2
+    assert taken.stderr.count("\n") == 1
+    assert "holds other things" in taken.stderr
 
 
 def test_no_stage_needs_torch() -> None:
