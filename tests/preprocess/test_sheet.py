@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from preprocess import build, sheet
 from preprocess.types import Item, Skipped
@@ -94,17 +94,17 @@ def test_the_page_shows_text_as_text_and_needs_no_other_file(tmp_path: Path) -> 
 
 
 def test_the_picture_of_the_page_holds_each_thumbnail(tmp_path: Path) -> None:
-    items = [item(tmp_path, name) for name in "abcdefgh"]
+    items = [item(tmp_path, name) for name in "abcdefghi"]
     sheet.write(RunDir(tmp_path), items, [], [], 500)
     with Image.open(tmp_path / "sheet.png") as picture:
         whole = pixels(picture.convert("RGB"))
-    expected = pixels(sheet.thumb(items[7], tmp_path))
+    expected = pixels(sheet.thumb(items[8], tmp_path))
     cell = sheet.THUMB + 16
-    y, x = whole.shape[0] // 2 + 8, cell + 8  # the eighth is the second of the second row
+    y, x = whole.shape[0] // 2 + 8, 2 * cell + 8  # the ninth is the third of the second row
     assert (whole[y : y + sheet.THUMB, x : x + sheet.THUMB] == expected).all()
     below = whole[y + sheet.THUMB : y + sheet.THUMB + 50, x : x + sheet.THUMB]
     assert (below < 100).any()  # its text
-    assert (whole[y:, 2 * cell :] == 255).all()  # and no ninth
+    assert (whole[y:, 3 * cell :] == 255).all()  # and no tenth
 
 
 def test_long_text_stays_below_its_picture(tmp_path: Path) -> None:
@@ -113,6 +113,16 @@ def test_long_text_stays_below_its_picture(tmp_path: Path) -> None:
     image = pixels(sheet.contact(words, thumbs, [["warning " * 90]] * 2))
     assert image.shape[0] == sheet.THUMB + 16 + 6 * 15
     assert (image[:, sheet.THUMB + 9 : sheet.THUMB + 16 + 7] == 255).all()  # between the two
+
+
+@pytest.mark.parametrize("text", ["many words " * 80, "x" * 3000])
+def test_text_that_does_not_fit_ends_in_dots(text: str) -> None:
+    font = ImageFont.load_default(12)
+    lines = sheet._wrapped(text, font, 3)
+    assert len(lines) == 3
+    assert lines[-1].endswith("…")
+    assert all(font.getlength(line) <= sheet.THUMB for line in lines[:-1])
+    assert sheet._wrapped("two words", font, 3) == ["two words"]
 
 
 def test_many_pictures_make_pages_that_lead_to_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
