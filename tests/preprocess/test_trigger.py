@@ -32,7 +32,7 @@ def data(**options: Any) -> DataArgs:
         ({"mode": "object", "class_words": ["dog"]}, "a dog-like thing", "TOK, a dog-like thing"),
         ({"mode": "object", "class_words": ["dog"]}, "the dog's tail", "the TOK's tail"),
         ({"mode": "object", "class_words": ["dog"]}, "a cat", "TOK, a cat"),
-        ({"mode": "object", "class_words": ["retriever", "golden retriever"]}, "a golden retriever", "a TOK"),
+        ({"mode": "object", "class_words": ["golden", "golden retriever"]}, "a golden retriever", "a TOK"),
         ({"mode": "object", "class_words": ["c++ (book)"]}, "the c++ (book) here", "the TOK here"),
         ({"mode": "object", "class_words": ["dog"], "keep_class": True}, "a red dog", "a red TOK dog"),
         ({"mode": "object", "class_words": ["apple"], "keep_class": True}, "an apple", "a TOK apple"),
