@@ -21,11 +21,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer", "trainer.args", "trainer.types", "trainer.path", "trainer.registry", "trainer.rundir", "trainer.seed",
      "trainer.cli", "trainer.console"),
     ("trainer.models", "trainer.adapters", "trainer.objectives", "trainer.optim", "trainer.dataset", "trainer.cache",
+     "trainer.mixture",
      "preprocess"),
     ("trainer.checkpoint", "trainer.export", "trainer.sampler", "trainer.environment"),
     ("trainer.loop", "trainer.report"),
     ("trainer.hooks",),
     ("trainer.run", "trainer.generate"),
+    ("trainer.rehearsal",),
     ("trainer.__main__", "trainer.cog_door", "trainer.predict_door", "testbed"),
     ("train", "predict", "bench"),
 )  # fmt: skip
