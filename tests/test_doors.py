@@ -130,7 +130,7 @@ def test_captions_are_the_prompts_of_last_resort(door: list[str], tmp_path: Path
         (["--data.source", "{tmp}/nowhere"], "does not exist"),
         (["--data.source", "{tmp}/empty"], "has no picture"),
         (["--data.source", "{tmp}/one"], "at least 2 are needed"),
-        (["--data.source", "{tmp}/text.zip"], "neither a folder nor a zip"),
+        (["--data.source", "{tmp}/text.zip"], "neither a folder nor a picture, zip or tar"),
         (["--model.base", "{tmp}/empty"], "no model_index.json"),
         (["--model.base", "{tmp}/lora.safetensors"], "is a LoRA"),
         (["--model.base", "{tmp}/old.ckpt"], "is a pickle"),
