@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -288,8 +289,10 @@ def _dataset(
 
 
 def _priors(data: DataArgs, items: Sequence[Item]) -> dict[str, list[str]]:
-    """Each caption with every class word in the trigger's place."""
-    return {item.name: [item.caption.replace(data.trigger, word) for word in data.class_words] for item in items}
+    """Picture name -> its caption with every class word in the trigger's place."""
+    trigger = re.compile(rf"(?<!\w){re.escape(data.trigger)}(?!\w)")
+    spelled = [word.replace("\\", r"\\") for word in data.class_words]  # re.sub reads backslashes
+    return {item.name: [trigger.sub(word, item.caption) for word in spelled] for item in items}
 
 
 def _frozen(family: ModelFamily, adapters: Sequence[Adapter]) -> Predict:
