@@ -47,6 +47,7 @@ def _build(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
+    from transformers.utils import logging as transformers_logging
 
     from testbed.runs import score_run
     from trainer.generate import GenerateError
@@ -55,6 +56,7 @@ def _score(args: argparse.Namespace) -> int:
 
     if (status := _unknown(args.concept)) is not None:
         return status
+    transformers_logging.disable_progress_bar()  # for the loading of a small model, between our own bar's lines
     torch.set_num_threads(1)  # a model this small runs slower on more
     try:
         with tqdm(total=args.pictures + 2 * ORDINARY + 8, desc="scoring", unit="picture", mininterval=1) as bar:
