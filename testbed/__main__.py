@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from trainer import console
 
 HERE = Path(__file__).parent
 ORDINARY = 96  # pictures of ordinary prompts that a run is scored with, before and after
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("testbed").setLevel(logging.INFO)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    console.hush_libraries()
     return {"build": _build, "score": _score, "zip": _zip}[args.command](args)
 
 
