@@ -41,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build(args: argparse.Namespace) -> int:
     from testbed.build import build
 
-    build(args.work, args.out)
+    try:
+        build(args.work, args.out)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from what is in {args.work}", file=sys.stderr)
+        return 130
     return 0
 
 
