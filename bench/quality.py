@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from trainer import console
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench" / "results"
 METHODS: dict[str, list[str]] = {
@@ -50,7 +52,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder that gets a copy of every run")
     parser.add_argument("--out", type=Path, default=OUT / "quality.json")
     args = parser.parse_args()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    console.hush_libraries()
     results: dict[str, Any] = {
         "concept": args.concept,
         "preset": args.preset,

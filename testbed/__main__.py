@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from trainer import console
 
 HERE = Path(__file__).parent
 ORDINARY = 96  # pictures of ordinary prompts that a run is scored with, before and after
@@ -33,20 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("testbed").setLevel(logging.INFO)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    console.hush_libraries()
     return {"build": _build, "score": _score, "zip": _zip}[args.command](args)
 
 
 def _build(args: argparse.Namespace) -> int:
     from testbed.build import build
 
-    build(args.work, args.out)
+    try:
+        build(args.work, args.out)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from what is in {args.work}", file=sys.stderr)
+        return 130
     return 0
 
 
 def _score(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
+    from transformers.utils import logging as transformers_logging
 
     from testbed.runs import score_run
     from trainer.generate import GenerateError
@@ -55,6 +61,7 @@ def _score(args: argparse.Namespace) -> int:
 
     if (status := _unknown(args.concept)) is not None:
         return status
+    transformers_logging.disable_progress_bar()  # for the loading of a small model, between our own bar's lines
     torch.set_num_threads(1)  # a model this small runs slower on more
     try:
         with tqdm(total=args.pictures + 2 * ORDINARY + 8, desc="scoring", unit="picture", mininterval=1) as bar:

@@ -52,7 +52,7 @@ def make_pictures(folder: Path, name: str) -> None:
 
 def as_input(pixels: np.ndarray[Any, Any]) -> Tensor:
     """uint8 [B, H, W, 3] -> float [B, 3, H, W] in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Text(Task):

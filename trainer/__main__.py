@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import sys
 import threading
@@ -46,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(command: cli.Command, stop: _Stop) -> int:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # their notes on parts that we do not use
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    console.hush_libraries()
     from preprocess import PreprocessError  # after --help and the args: these imports take seconds
     from trainer.checkpoint import CheckpointError
     from trainer.dataset import DatasetError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,16 @@ class _Console(logging.StreamHandler[Any]):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+def hush_libraries() -> None:
+    """Silences what libraries note about parts that are not used here; their errors still show.
+
+    Called by doors, before the libraries are imported: they read the environment then.
+    """
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # its kernels are optional: attention is torch's own
 
 
 @contextmanager

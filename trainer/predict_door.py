@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import sys
 import tarfile
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from trainer import console
 from trainer.registry import PartError
 from trainer.rundir import RunDirError
 
@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             made.error(f"--{name} is {value}, and must be 1 or more")
     if options.seed < 0:
         made.error(f"--seed is {options.seed}, and must be 0 or more")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # their notes on parts that we do not use
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    console.hush_libraries()
     from trainer.generate import GenerateError
     from trainer.types import BaseModelError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -301,13 +302,11 @@ def _dataset(
 
 
 def _priors(data: DataArgs, items: Sequence[Item]) -> dict[str, list[str]]:
-    """Every caption of each picture with every class word in the trigger's place."""
+    """Picture name -> every caption of it with every class word in the trigger's place."""
+    trigger = re.compile(rf"(?<!\w){re.escape(data.trigger)}(?!\w)")
+    spelled = [word.replace("\\", r"\\") for word in data.class_words]  # re.sub reads backslashes
     return {
-        item.name: [
-            caption.replace(data.trigger, word)
-            for caption in (item.captions or (item.caption,))
-            for word in data.class_words
-        ]
+        item.name: [trigger.sub(word, caption) for caption in item.captions or (item.caption,) for word in spelled]
         for item in items
     }
 
