@@ -22,6 +22,7 @@ from preprocess.types import Limits, PictureError, PreprocessError, SourceFile
 SMALL = 2**20  # bytes; below this no compression ratio is a bomb
 _ENCRYPTED = 0x1
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # Python unpacks the others without a bound on memory
+_HERE = (".", "./")  # what `tar -c .` names first: the packed folder itself
 _LONGEST_PART = 255  # bytes; of one folder or file name, as on every usual disk
 _LONGEST_PATH = 1024  # bytes
 _DIRECTORY = 1024  # bytes of a zip's directory for each entry that is allowed; usual ones take about 100
@@ -61,7 +62,7 @@ def tar_files(file: IO[bytes], source: str, limits: Limits) -> list[SourceFile]:
         PreprocessError: it is no tar, or a hostile one.
     """
     try:
-        members = tar.members(file, limits.entries)
+        members = [m for m in tar.members(file, limits.entries) if not (m.folder and m.name in _HERE)]
     except tar.TarError as error:
         raise PreprocessError(f"{source!r} is refused: {error}") from error
     _check_counts(source, len(members), sum(member.size for member in members), limits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import tarfile
 from contextlib import suppress
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_what_pythons_tarfile_writes_is_read_as_it_reads_it(tmp_path: Path, form
     source = tmp_path / "set.tar"
     source.write_bytes(buffer.getvalue())
     assert files_of(str(source)) == {name: bytes([n]) * 300 * n for n, name in enumerate(names)}
+
+
+def test_the_tar_that_people_make_of_a_folder_is_read(tmp_path: Path) -> None:
+    """`tar -czf pictures.tgz .` begins with an entry for the folder itself, and begins every name with ./"""
+    (tmp_path / "in" / "dogs").mkdir(parents=True)
+    for name in ("a.png", "dogs/b.png"):
+        (tmp_path / "in" / name).write_bytes(png(1))
+    subprocess.run(["tar", "-czf", "../pictures.tgz", "."], cwd=tmp_path / "in", check=True)
+    with tarfile.open(tmp_path / "pictures.tgz") as tar:
+        assert tar.getnames()[0] == "."
+    assert files_of(str(tmp_path / "pictures.tgz")) == {"a.png": png(1), "dogs/b.png": png(1)}
 
 
 def test_a_size_by_pax_is_the_one_that_counts(tmp_path: Path) -> None:
