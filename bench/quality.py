@@ -28,6 +28,10 @@ METHODS: dict[str, list[str]] = {
     "LoRA alone": ["--text.tokens", "0", "--optim.adapter.curve", "cosine"],
     "textual inversion alone": ["--adapter.kind", "none", "--optim.rows.curve", "cosine"],
     "pivotal": [],
+    "pivotal, captions by clip": [
+        *("--data.recaption", "--data.captioner", "clip", "--data.caption_model.base", "testbed/base/clip"),
+        *("--data.mode", "object", "--data.class_words", "shape"),
+    ],
     "pivotal, prior kept": ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"],
 }
 SHOWN = (
