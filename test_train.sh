@@ -17,3 +17,5 @@ echo "grid:    $run/samples/grid.png"
 echo "scores:  $run/scores.json"
 echo "report:  $run/report.html"
 echo "files:   $run/export"
+echo
+echo "This was one seed. Three of each method: .venv/bin/python -m bench.quality (ours: bench/results/quality.json)"
