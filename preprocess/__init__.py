@@ -31,7 +31,12 @@ _log = logging.getLogger(__name__)
 
 
 def build(
-    source: str, out_dir: Path, data: DataArgs, resolution: int, step: int, limits: Limits | None = None
+    source: str,
+    out_dir: Path,
+    data: DataArgs,
+    resolution: int | Sequence[int],
+    step: int,
+    limits: Limits | None = None,
 ) -> Report:
     """Makes dataset.jsonl, skipped.jsonl, survey.json, the sheet and cache/pictures in out_dir from `source`.
 
@@ -40,7 +45,7 @@ def build(
     Args:
         source: what `preprocess.source` opens: a folder, picture, archive or URL, or several.
         out_dir: the run directory.
-        resolution: pixels; side of the square whose area every bucket keeps.
+        resolution: pixels; side of the square whose area every bucket keeps, or several to choose from.
         step: pixels; sides of buckets are its multiples.
 
     Raises:
@@ -49,7 +54,7 @@ def build(
     """
     run = RunDir(out_dir)
     run.dataset.unlink(missing_ok=True)  # it is written last, so it is there whole or not at all
-    sides = sorted({resolution, *data.more_resolutions})
+    sides = sorted({resolution} if isinstance(resolution, int) else set(resolution))
     allowed = [buckets.sizes(side, step) for side in sides]
     mask_sources = data.mask.sources if data.masks else ()
     found, skipped = ingest(

@@ -57,27 +57,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help=str(data["data.source"].description).replace("%", "%%"))
     parser.add_argument("--out", type=Path, help="folder for dataset.jsonl, the sheet and the decoded pictures")
     parser.add_argument("--dry-run", action="store_true", help="say what would come of it, and leave nothing behind")
-    parser.add_argument("--resolution", type=int, default=512, help="pixels; the area of a bucket is its square [512]")
+    parser.add_argument(
+        "--resolution", default="512", help="pixels; the area of a bucket is its square; or several: 512,768 [512]"
+    )
     parser.add_argument("--step", type=int, default=64, help="pixels; sides of buckets are its multiples [64]")
     return parser
 
 
 def _build(words: list[str]) -> int:
     options, rest = _parser().parse_known_args(words)
-    data = _data(options.source, rest)
-    if options.resolution < 1 or options.step < 1:
-        raise cli.CommandError("--resolution and --step must be 1 or more")
+    data = _data(options.source, [*rest, f"--resolution={options.resolution}"])
+    if options.step < 1:
+        raise cli.CommandError("--step must be 1 or more")
     if options.dry_run:
         with tempfile.TemporaryDirectory(prefix="tempera-") as scratch:
             logging.basicConfig(level=logging.ERROR)  # what is wrong is said once, at the end
-            return _told(build(options.source, Path(scratch), data, options.resolution, options.step), data)
+            return _told(build(options.source, Path(scratch), data, data.resolution, options.step), data)
     if options.out is None:
         raise cli.CommandError("--out is missing: give the folder that the dataset is made in, or --dry-run")
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("preprocess").setLevel(logging.INFO)
     _claimed(options.out)
     try:
-        report = build(options.source, options.out, data, options.resolution, options.step)
+        report = build(options.source, options.out, data, data.resolution, options.step)
     except OSError as error:
         print(f"preprocess: {options.out} cannot be written: {error}", file=sys.stderr)
         return 1

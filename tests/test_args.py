@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from trainer.args import TrainArgs
-from trainer.cli import default_of, options
+from trainer.cli import CommandError, default_of, options, parse, validate
 
 MINIMAL = {"data": {"source": "pictures"}}
 
@@ -70,3 +70,35 @@ def test_args_cli_registry_and_rundir_load_without_torch() -> None:
     code += "print('torch' in sys.modules, 'diffusers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sides", "saved"),
+    [
+        (512, (512,), 512),
+        ("512", (512,), 512),
+        ("512, 768,1024", (512, 768, 1024), [512, 768, 1024]),
+        ([512, 768], (512, 768), [512, 768]),
+        ([512], (512,), 512),
+        (None, (), None),
+    ],
+)
+def test_a_resolution_is_read_as_people_write_it(given: object, sides: tuple[int, ...], saved: object) -> None:
+    args = TrainArgs.model_validate({"data": {"source": "pictures", "resolution": given}})
+    assert args.data.resolution == sides
+    tree = args.model_dump(mode="json")
+    assert tree["data"]["resolution"] == saved
+    assert TrainArgs.model_validate(tree) == args
+
+
+@pytest.mark.parametrize("words", [["512"], ["512,768"], ["512", "--data.resolution=768"], ["[512, 768]"]])
+def test_a_resolution_is_a_flag(words: list[str]) -> None:
+    args = parse(["object", "pictures", "--data.resolution", *words]).args
+    assert args
+    assert args.data.resolution == ((512,) if words == ["512"] else (512, 768))
+
+
+@pytest.mark.parametrize("given", ["", "512,", "512x768", 8, "5000", [512, 8], 0.5, {"side": 512}])
+def test_what_is_no_resolution(given: object) -> None:
+    with pytest.raises(CommandError, match=r"data\.resolution"):
+        validate({"data": {"source": "pictures", "resolution": given}})

@@ -67,7 +67,7 @@ def test_a_run_leaves_all_that_it_promises(done: RunDir) -> None:
     names = {"run.safetensors", "pytorch_lora_weights.safetensors", "run_embedding.safetensors", "README.md"}
     assert {path.name for path in done.export.iterdir()} == names
     args = TrainArgs.model_validate_json(done.args.read_text())
-    assert (args.adapter.alpha, args.data.resolution) == (2.0, 32), "derived values are saved"
+    assert (args.adapter.alpha, args.data.resolution) == (2.0, (32,)), "derived values are saved"
     assert args.sample.prompts == ("a red TOK",)
     env = json.loads(done.env.read_text())
     assert env["packages"]["torch"] == torch.__version__

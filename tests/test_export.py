@@ -176,6 +176,7 @@ def test_text_encoder_names_load(tiny_base: Path, tmp_path: Path, layout: str) -
 
 def test_metadata_is_right_and_tells_nothing_private(tiny_base: Path, tmp_path: Path) -> None:
     args = arguments(tiny_base)
+    args = args.model_copy(update={"data": args.data.model_copy(update={"resolution": (512, 768)})})
     family = SD15.load(args.model, CPU)
     inversion = TextualInversion(args.text, "TOK", seed=3)
     inversion.attach(family)
@@ -184,6 +185,7 @@ def test_metadata_is_right_and_tells_nothing_private(tiny_base: Path, tmp_path: 
     assert shown["ss_base_model_version"] == "sd_v1"
     assert shown["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert (shown["ss_network_dim"], shown["ss_network_alpha"]) == ("4", "2")
+    assert (shown["ss_resolution"], shown["modelspec.resolution"]) == ("(768, 768)", "768x768")
     assert shown["ss_output_name"] == shown["modelspec.title"] == "my.run"
     assert shown["modelspec.prediction_type"] == "v"
     assert shown["modelspec.trigger_phrase"] == "TOK"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 Probability = float
 
@@ -135,16 +135,10 @@ class DataArgs(Section):
     keep_class: bool = Field(False, description="write the trigger before the class word, not instead of it")
     prefix: str = Field("", description="put before every caption; {trigger} stands for the trigger")
     suffix: str = Field("", description="put after every caption; {trigger} stands for the trigger")
-    resolution: int | None = Field(
-        None,
-        ge=16,
-        le=4096,
-        description="pixels; side of the square whose area every bucket keeps [default: the base's own]",
-    )
-    more_resolutions: tuple[Annotated[int, Field(ge=16, le=4096)], ...] = Field(
+    resolution: tuple[Annotated[int, Field(ge=16, le=4096)], ...] = Field(
         (),
-        description="pixels; more of such sides (768,1024): each picture trains at the largest that it fills without "
-        "being enlarged, else at the smallest",
+        description="pixels; side of the square whose area every bucket keeps, or several (512,768,1024): each picture "
+        "trains at the largest that it fills without being enlarged, else at the smallest [default: the base's own]",
     )
     upscale_limit: float = Field(
         2.0, ge=1.0, le=100.0, description="times; pictures enlarged more than this are named in a warning"
@@ -184,6 +178,19 @@ class DataArgs(Section):
     shuffle_tags: bool = Field(False, description="put what commas part in a caption in another order at each showing")
     keep_tags: int = Field(1, ge=0, description="first parts of a caption that shuffle_tags leaves in their place")
     sheet: int = Field(500, ge=0, description="pictures on the contact sheet, those with a warning first; 0 makes none")
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _as_people_write_it(cls, given: object) -> object:
+        """512, "512", "512,768" and [512, 768] are all sides; null is none."""
+        if given is None:
+            return ()
+        return given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
+
+    @field_serializer("resolution")
+    def _as_people_read_it(self, sides: tuple[int, ...]) -> int | list[int] | None:
+        """A number where there is one side, a list where there are several."""
+        return (sides[0] if len(sides) == 1 else list(sides)) if sides else None
 
     @model_validator(mode="after")
     def _captions_fit(self) -> DataArgs:

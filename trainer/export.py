@@ -127,7 +127,7 @@ def _pack(state: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch
 
 def _facts(name: str, family: ModelFamily, args: TrainArgs) -> dict[str, str]:
     """What file managers show. No path, user or time goes in."""
-    resolution = args.data.resolution or family.resolution
+    resolution = max(args.data.resolution, default=family.resolution)
     return {
         "ss_base_model_version": family.clients.base_version,
         "ss_network_module": "networks.lora",

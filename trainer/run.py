@@ -156,7 +156,7 @@ def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> Trai
     return args.model_copy(
         update={
             "adapter": args.adapter.model_copy(update={"alpha": args.adapter.alpha or float(args.adapter.rank)}),
-            "data": args.data.model_copy(update={"resolution": args.data.resolution or family.resolution}),
+            "data": args.data.model_copy(update={"resolution": args.data.resolution or (family.resolution,)}),
             "runtime": args.runtime.model_copy(update={"steps": args.runtime.updates(len(items))}),
             "sample": args.sample.model_copy(update={"prompts": prompts or captions}),
         }
@@ -224,8 +224,8 @@ def _ready(args: TrainArgs, parts: _Parts) -> Generator[tuple[ModelFamily, Engin
 
 def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engine, parts: _Parts) -> Session:
     if not run_dir.dataset.exists():  # it is written last, so it is there whole or not at all
-        side = args.data.resolution or family.resolution
-        preprocess.build(args.data.source, run_dir.root, args.data, side, family.bucket_step)
+        sides = args.data.resolution or (family.resolution,)
+        preprocess.build(args.data.source, run_dir.root, args.data, sides, family.bucket_step)
     items = read_manifest(run_dir.dataset)
     args = resolve(args, family, items)
     atomic_write(run_dir.args, _json(args.model_dump(mode="json")))

@@ -51,7 +51,7 @@ def test_several_resolutions_make_one_dataset(tmp_path: Path) -> None:
     source.mkdir()
     for name, side in {"small": 40, "middle": 70, "large": 130}.items():
         Image.new("RGB", (side, side), "blue").save(source / f"{name}.png")
-    report = build(str(source), tmp_path / "run", data(more_resolutions=(128, 64)), resolution=32, step=16)
+    report = build(str(source), tmp_path / "run", data(), resolution=(128, 32, 64), step=16)
     buckets = {row.name: row.bucket for row in report.items}
     assert buckets == {"small": (32, 32), "middle": (64, 64), "large": (128, 128)}
     for row in read_manifest(tmp_path / "run/dataset.jsonl"):
