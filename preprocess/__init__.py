@@ -15,6 +15,7 @@ from preprocess.survey import survey
 from preprocess.types import Item, Limits, PictureError, PreprocessError, Report, Skipped
 from trainer.args import DataArgs
 from trainer.rundir import RunDir, atomic_write
+from trainer.share import ALONE, Share
 
 __all__ = ["Item", "Limits", "PictureError", "PreprocessError", "Report", "Skipped", "build", "ingest"]
 
@@ -37,6 +38,8 @@ def build(
     resolution: int | Sequence[int],
     step: int,
     limits: Limits | None = None,
+    *,
+    share: Share = ALONE,
 ) -> Report:
     """Makes dataset.jsonl, skipped.jsonl, survey.json, the sheet and cache/pictures in out_dir from `source`.
 
@@ -47,13 +50,16 @@ def build(
         out_dir: the run directory.
         resolution: pixels; side of the square whose area every bucket keeps, or several to choose from.
         step: pixels; sides of buckets are its multiples.
+        share: of several processes that all call this with one out_dir and get the same report. Each decodes its
+            part of the pictures, the first writes the dataset, and none returns before it is there.
 
     Raises:
         PreprocessError: the source cannot be trained on; the message says why.
         OSError: the disk is full, or out_dir cannot be written.
     """
     run = RunDir(out_dir)
-    run.dataset.unlink(missing_ok=True)  # it is written last, so it is there whole or not at all
+    if share.first:
+        run.dataset.unlink(missing_ok=True)  # it is written last, so it is there whole or not at all
     sides = sorted({resolution} if isinstance(resolution, int) else set(resolution))
     allowed = [buckets.sizes(side, step) for side in sides]
     mask_sources = data.mask.sources if data.masks else ()
@@ -66,6 +72,7 @@ def build(
         caption_lines=data.caption_lines,
         embedded_captions=data.embedded_captions,
         all_captioned=data.captioner == "sidecar",
+        share=share,
     )
     if data.dedupe != "off":
         found, copies = dedupe.deduped(found, out_dir, bits=data.dedupe_bits if data.dedupe == "near" else None)
@@ -80,12 +87,18 @@ def build(
         notes += buckets.remarks(item, data.upscale_limit)
     for note in notes:
         _log.warning("%s", note)
-    atomic_write(run.skipped, _lines([asdict(skip) for skip in skipped]))
     report = Report(items, tuple(skipped), tuple(notes), tuple(untriggered))
-    atomic_write(run.survey, json.dumps(survey(report, data.trigger).json(), indent=2, ensure_ascii=False) + "\n")
-    sheet.write(run, items, skipped, notes, data.sheet)
-    atomic_write(run.dataset, _lines([item.line(STAGES) for item in items]))
+    if share.first:
+        _write(run, report, data)
+    share.barrier()
     return report
+
+
+def _write(run: RunDir, report: Report, data: DataArgs) -> None:
+    atomic_write(run.skipped, _lines([asdict(skip) for skip in report.skipped]))
+    atomic_write(run.survey, json.dumps(survey(report, data.trigger).json(), indent=2, ensure_ascii=False) + "\n")
+    sheet.write(run, report.items, report.skipped, report.notes, data.sheet)
+    atomic_write(run.dataset, _lines([item.line(STAGES) for item in report.items]))
 
 
 def _placed(item: Item, allowed: Sequence[Sequence[buckets.Size]], root: Path, *, focus: bool) -> Item:

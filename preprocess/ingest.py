@@ -9,6 +9,7 @@ import io
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +22,7 @@ from preprocess.source import SourceFile, opened, shown_all
 from preprocess.stagecache import StageKey, digest, kept
 from preprocess.types import Item, Limits, PictureError, PreprocessError, Skipped
 from trainer.rundir import atomic_write
+from trainer.share import ALONE, Share
 
 VERSION = 2  # raise it when the same source would give other pixels or names
 
@@ -39,6 +41,7 @@ def ingest(
     caption_lines: bool = False,
     embedded_captions: bool = False,
     all_captioned: bool = False,
+    share: Share = ALONE,
 ) -> tuple[list[Item], list[Skipped]]:
     """Writes out/folder/<name>.png (and <name>.mask.png) for each picture of `source`.
 
@@ -52,6 +55,7 @@ def ingest(
         caption_lines: each line of x.txt is a caption of its own.
         embedded_captions: a picture with no caption in a file may have one inside, in EXIF or PNG text.
         all_captioned: a table of captions must have all pictures beside it.
+        share: of several processes on one `out`; each decodes its part and finds the others' in the cache.
 
     Raises:
         PreprocessError: there is no such source, it is hostile, or fewer than two pictures can be used.
@@ -69,9 +73,16 @@ def ingest(
         inside = partial(embedded.caption, limits=limits) if embedded_captions else None
         captions = CaptionFiles(files, (file.path for file in pictures), limits, lines=caption_lines, inside=inside)
         skipped += _orphans(files, pictures, apart)
-        for file, name in zip(pictures, _names(file.path for file in pictures), strict=True):
+        named = list(zip(pictures, _names(file.path for file in pictures), strict=True))
+        one = partial(_one, files=by_path, out=out, folder=folder, mask=find_mask, captions=captions, limits=limits)
+        if share.processes > 1:
+            for file, name in share.of(named):
+                with suppress(PictureError):  # said below, in the order of the whole
+                    one(file, name)
+            share.barrier()
+        for file, name in named:
             try:
-                items.append(_one(file, name, by_path, out, folder, mask=find_mask, captions=captions, limits=limits))
+                items.append(one(file, name))
             except PictureError as error:
                 _log.warning("%s is left out: %s", file.path, error)
                 skipped.append(Skipped(file.path, str(error)))

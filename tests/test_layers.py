@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # docs/architecture.md.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer", "trainer.args", "trainer.types", "trainer.path", "trainer.registry", "trainer.rundir", "trainer.seed",
-     "trainer.cli", "trainer.console"),
+     "trainer.cli", "trainer.console", "trainer.share"),
     ("trainer.models", "trainer.adapters", "trainer.objectives", "trainer.optim", "trainer.dataset", "trainer.cache",
      "trainer.mixture",
      "preprocess"),
@@ -33,7 +33,15 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 ROOMS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 OURS = {room.partition(".")[0] for room in ROOMS}
-NO_TORCH = ("trainer.args", "trainer.registry", "trainer.rundir", "trainer.seed", "trainer.cli", "preprocess")
+NO_TORCH = (
+    "trainer.args",
+    "trainer.registry",
+    "trainer.rundir",
+    "trainer.seed",
+    "trainer.cli",
+    "trainer.share",
+    "preprocess",
+)
 LONGEST_FUNCTION = 90  # lines; 3-40 are usual
 
 

@@ -1,0 +1,72 @@
+"""Several ranks on one folder: each makes its part, and all end with the dataset that one alone would have made."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from preprocess import Report, build
+from trainer.args import DataArgs
+from trainer.share import ALONE, Share
+
+INGEST = importlib.import_module("preprocess.ingest")  # the package's `ingest` is the function
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Nine pictures, a copy among them, and one that is damaged."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for index in range(9):
+        Image.effect_noise((64, 48), 80 + index % 8).convert("RGB").save(folder / f"p{index}.png")
+    (folder / "p8.png").write_bytes((folder / "p1.png").read_bytes())
+    (folder / "p3.png").write_bytes((folder / "p3.png").read_bytes()[:99])
+    (folder / "p2.txt").write_text("a TOK, told")
+    return folder
+
+
+def made(source: Path, out: Path, share: Share = ALONE, **data: Any) -> Report:
+    return build(str(source), out, DataArgs.model_validate({"source": "", **data}), 64, 16, share=share)
+
+
+def test_parts_are_the_whole() -> None:
+    work = list("abcdefg")
+    parts = [Share(rank, 3).of(work) for rank in range(3)]
+    assert parts == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
+    assert ALONE.of(work) == work
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_ranks_end_with_the_dataset_of_one(processes: int, source: Path, tmp_path: Path) -> None:
+    alone = made(source, tmp_path / "alone", dedupe="near")
+    barrier = threading.Barrier(processes, timeout=30)
+    shares = [Share(rank, processes, lambda: barrier.wait() and None) for rank in range(processes)]
+    with ThreadPoolExecutor(processes) as ranks:
+        reports = list(ranks.map(lambda share: made(source, tmp_path / "ranks", share, dedupe="near"), shares))
+    assert reports == [alone] * processes
+    assert len(alone.items) == 7
+    for name in ("dataset.jsonl", "skipped.jsonl", "survey.json", "sheet.html", "sheet.png"):
+        assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_a_rank_makes_its_part_only(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = INGEST.decode
+
+    def decode(content: bytes, limits: Any) -> Image.Image:
+        seen.append(threading.get_ident())
+        return real(content, limits)
+
+    monkeypatch.setattr(INGEST, "decode", decode)
+    (source / "p3.png").unlink()
+    barrier = threading.Barrier(2, timeout=30)
+    shares = [Share(rank, 2, lambda: barrier.wait() and None) for rank in range(2)]
+    with ThreadPoolExecutor(2) as ranks:
+        list(ranks.map(lambda share: made(source, tmp_path / "out", share), shares))
+    assert sorted(seen.count(rank) for rank in set(seen)) == [4, 4]
