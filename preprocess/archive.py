@@ -69,7 +69,7 @@ def tar_files(file: IO[bytes], source: str, limits: Limits) -> list[SourceFile]:
     for member in members:
         harm = bad_name(member.name) or member.harm
         if harm is None and member.size > limits.file_bytes:
-            harm = f"would unpack to {member.size} bytes, and {limits.file_bytes} are allowed"
+            harm = f"would unpack to {member.size} bytes, and {limits.file_bytes} are allowed (data.limits.file_bytes)"
         if harm:
             raise PreprocessError(f"{source!r} is refused: its entry {member.name!r} {harm}")
     files = [(_slashed(member.name), member) for member in members if not member.folder]
@@ -100,10 +100,13 @@ def bad_name(raw: str) -> str | None:
 
 def _check_counts(source: str, entries: int, total: int, limits: Limits) -> None:
     if entries > limits.entries:
-        raise PreprocessError(f"{source!r} is refused: it has {entries} entries, and {limits.entries} are allowed")
+        raise PreprocessError(
+            f"{source!r} is refused: it has {entries} entries, and {limits.entries} are allowed (data.limits.entries)"
+        )
     if total > limits.total_bytes:
         raise PreprocessError(
-            f"{source!r} is refused: it would unpack to {total} bytes, and {limits.total_bytes} are allowed"
+            f"{source!r} is refused: it would unpack to {total} bytes, and {limits.total_bytes} are allowed "
+            "(data.limits.total_bytes)"
         )
 
 
@@ -132,9 +135,9 @@ def _harm(info: zipfile.ZipInfo, limits: Limits) -> str | None:
     if info.compress_type not in _METHODS:
         return f"is packed by method {info.compress_type}, which is not read here; pack with deflate, as is usual"
     if info.file_size > limits.file_bytes:
-        return f"would unpack to {info.file_size} bytes, and {limits.file_bytes} are allowed"
+        return f"would unpack to {info.file_size} bytes, and {limits.file_bytes} are allowed (data.limits.file_bytes)"
     if info.file_size > SMALL and info.file_size > limits.ratio * max(info.compress_size, 1):
-        return f"would unpack to more than {limits.ratio} times its size"
+        return f"would unpack to more than {limits.ratio} times its size (data.limits.ratio)"
     return None
 
 
@@ -161,7 +164,7 @@ class _Guarded:
 
     def read(self, size: int = -1) -> bytes:
         if size > max(self.most, 2**17):
-            raise ValueError(f"its list of entries has {size} bytes, and {self.most} are allowed")
+            raise ValueError(f"its list of entries has {size} bytes, and {self.most} are allowed (data.limits.entries)")
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = 0) -> int:

@@ -146,7 +146,10 @@ class CaptionFiles:
         try:
             content = file.read()
             if len(content) > self._limits.caption_bytes:
-                raise PictureError(f"it has {len(content)} bytes, and {self._limits.caption_bytes} are allowed")
+                raise PictureError(
+                    f"it has {len(content)} bytes, and {self._limits.caption_bytes} are allowed "
+                    "(data.limits.caption_bytes)"
+                )
             text = content.decode("utf-8-sig")
         except (PictureError, UnicodeDecodeError) as error:
             raise PictureError(f"its caption {file.path} cannot be used: {error}") from error
@@ -174,7 +177,10 @@ class CaptionFiles:
         elif not captions or not all(tidy(caption) for caption in captions):
             table.wrong.append(f"line {line} ({name}) has an empty caption")
         elif max(len(tidy(caption).encode()) for caption in captions) > self._limits.caption_bytes:
-            table.wrong.append(f"line {line} ({name}) has more than the {self._limits.caption_bytes} bytes allowed")
+            table.wrong.append(
+                f"line {line} ({name}) has more than the {self._limits.caption_bytes} bytes allowed "
+                "(data.limits.caption_bytes)"
+            )
         elif (path := self._picture(table, name)) is None:
             table.wrong.append(f"line {line} names {name!r}, and there is no such file")
         else:

@@ -10,7 +10,7 @@ import zlib
 from PIL import ExifTags, Image
 
 from preprocess.captionfiles import tidy
-from preprocess.picture import FORMATS
+from preprocess.picture import formats_of
 from preprocess.types import Limits
 
 # In this order; the first that says something counts. `parameters` is what image generators write.
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 def caption(content: bytes, limits: Limits) -> str:
     """The caption in a picture's file, on one line; empty when there is none or its text is damaged."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=formats_of(content, limits)) as image:
             said = [*_png(image), *_exif(image)]
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error) as error:
         _log.warning("the text inside a picture cannot be read: %s", error)

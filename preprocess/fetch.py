@@ -89,7 +89,7 @@ def download(
                 wait = min(max(error.wait_s, 2.0 ** (count - 1)), _LONGEST_WAIT)
                 _log.warning("%s: %s; trying again in %g s", shown(url), reason, wait)
                 sleep(wait)
-    raise PreprocessError(f"{shown(url)} cannot be downloaded: {reason}, {limits.tries} times")
+    raise PreprocessError(f"{shown(url)} cannot be downloaded: {reason}, {limits.tries} times (data.limits.tries)")
 
 
 def _follow(url: str, rules: _Rules) -> Download:
@@ -103,7 +103,9 @@ def _follow(url: str, rules: _Rules) -> Download:
         if at.scheme == "https" and target.scheme == "http":
             raise PreprocessError(f"{shown(url)} is refused: it leads from https to {shown(str(target))}, which is not")
         at = target
-    raise PreprocessError(f"{shown(url)} is refused: it leads on more than {rules.limits.redirects} times")
+    raise PreprocessError(
+        f"{shown(url)} is refused: it leads on more than {rules.limits.redirects} times (data.limits.redirects)"
+    )
 
 
 def _parsed(url: str, base: httpx2.URL | None = None) -> httpx2.URL:
@@ -150,7 +152,10 @@ def _request(url: httpx2.URL, rules: _Rules) -> Download | str:
 
 def _trouble(error: Exception, limits: Limits) -> str:
     if isinstance(error, httpcore2.TimeoutException):
-        return f"the server did not answer within {limits.wait_s:g} s, or took more than {limits.download_s:g} s in all"
+        return (
+            f"the server did not answer within {limits.wait_s:g} s (data.limits.wait_s), or took more than "
+            f"{limits.download_s:g} s in all (data.limits.download_s)"
+        )
     return str(error) or "the connection broke off"
 
 
@@ -168,7 +173,8 @@ def _declared(url: httpx2.URL, headers: dict[bytes, bytes], limits: Limits) -> i
     size = int(text) if text.isdigit() else None
     if size is not None and size > limits.total_bytes:
         raise PreprocessError(
-            f"{shown(str(url))} is refused: it has {size} bytes, and {limits.total_bytes} are allowed"
+            f"{shown(str(url))} is refused: it has {size} bytes, and {limits.total_bytes} are allowed "
+            "(data.limits.total_bytes)"
         )
     return size
 
@@ -183,10 +189,16 @@ def _stored(url: httpx2.URL, body: Iterator[bytes] | Iterable[bytes], size: int 
         for chunk in body:
             total += len(chunk)
             if total > limits.total_bytes:
-                raise PreprocessError(f"{shown(str(url))} is refused: it has more than {limits.total_bytes} bytes")
+                raise PreprocessError(
+                    f"{shown(str(url))} is refused: it has more than {limits.total_bytes} bytes "
+                    "(data.limits.total_bytes)"
+                )
             took = time.monotonic() - start
             if took > limits.wait_s and total < took * limits.slowest:
-                raise _AgainError(f"it sent {total} bytes in {took:.0f} s, and {limits.slowest} a second are expected")
+                raise _AgainError(
+                    f"it sent {total} bytes in {took:.0f} s, and {limits.slowest} a second are expected "
+                    "(data.limits.slowest)"
+                )
             file.write(chunk)
         if not total or (size is not None and total != size):
             raise _AgainError(f"it sent {total} bytes" + (f" of {size}" if size else ""))

@@ -16,10 +16,11 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from preprocess import heif
 from preprocess.colour import to_srgb
-from preprocess.types import Limits, PictureError
+from preprocess.types import Limits, PictureError, too_large
 
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # and HEIC with an extra
 
 # What Pillow's decoders raise on damaged or hostile content.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
@@ -34,13 +35,17 @@ def decode(content: bytes, limits: Limits) -> Image.Image:
     image = _load(content, limits, lambda image: _rgb(to_srgb(image), (255, 255, 255)))
     if min(image.size) < limits.side:
         raise PictureError(
-            f"it is {image.width} x {image.height} pixels, and each side must have at least {limits.side}"
+            f"it is {image.width} x {image.height} pixels, and each side must have at least {limits.side} "
+            "(data.limits.side)"
         )
     return image
 
 
 def looks_like_picture(file: IO[bytes]) -> bool:
     """Whether the content begins like a picture; the rest of it is not looked at."""
+    file.seek(0)
+    if heif.is_heif(file.read(heif.START)):
+        return True
     file.seek(0)
     try:
         with Image.open(file, formats=FORMATS):
@@ -49,6 +54,18 @@ def looks_like_picture(file: IO[bytes]) -> bool:
         return True  # `decode` says how large it may be
     except _DAMAGE:
         return False
+
+
+def formats_of(content: bytes, limits: Limits) -> tuple[str, ...]:
+    """The formats, as Pillow calls them, that `content` may be opened as.
+
+    Raises:
+        PictureError: it is of a format whose extra is not installed, or already says that it is too large.
+    """
+    if not heif.is_heif(content[: heif.START]):
+        return FORMATS
+    heif.prepare(content, limits)
+    return ("HEIF",)
 
 
 def decode_mask(content: bytes, limits: Limits, size: tuple[int, int]) -> Image.Image:
@@ -84,23 +101,26 @@ def _alpha(image: Image.Image) -> Image.Image:
 
 def _load(content: bytes, limits: Limits, finish: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """What `finish` makes of the decoded, upright picture. Its size is checked before a pixel is unpacked."""
+    formats = formats_of(content, limits)
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as probe:
+        with Image.open(io.BytesIO(content), formats=formats) as probe:
             width, height = probe.size
             if width * height > limits.pixels:
-                raise PictureError(f"it is {width} x {height} pixels, and {limits.pixels} in all are allowed")
+                raise PictureError(too_large(width, height, limits))
             probe.verify()  # checksums, where the format has them; the file must be opened anew after it
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
             image.load()
             return finish(ImageOps.exif_transpose(image))
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(f"it has too many pixels: {limits.pixels} are allowed") from error
+        raise PictureError(f"it has too many pixels: {limits.pixels} are allowed (data.limits.pixels)") from error
     except UnidentifiedImageError as error:
         if zipfile.is_zipfile(io.BytesIO(content)):
             raise PictureError("it is an archive, and archives inside a source are not opened") from error
-        raise PictureError(f"it is no picture in a format that is read here ({', '.join(FORMATS)})") from error
+        if formats != FORMATS:
+            raise PictureError(f"it is damaged: no {formats[0]} picture begins so") from error
+        raise PictureError(f"it is no picture in a format that is read here ({', '.join(FORMATS)}, HEIC)") from error
     except _DAMAGE as error:
         raise PictureError(f"it is damaged: {error or type(error).__name__}") from error
 

@@ -66,7 +66,9 @@ def opened(
         for folder, one in zip(_folders(sources), sources, strict=True):
             files += [replace(file, path=f"{folder}/{file.path}") for file in _visible(_files(one, opening))]
             if len(files) > limits.entries:
-                raise PreprocessError(f"the {len(sources)} sources hold more than {limits.entries} files together")
+                raise PreprocessError(
+                    f"the {len(sources)} sources hold more than {limits.entries} files together (data.limits.entries)"
+                )
         yield sorted(files, key=lambda file: file.path)
 
 
@@ -92,7 +94,9 @@ def named(source: str, limits: Limits) -> list[str]:
     if not found or not all(found):
         raise PreprocessError(f"data.source {shown_all(source)!r} names nothing, or has an empty part; {_KNOWN}")
     if len(found) > limits.sources:
-        raise PreprocessError(f"data.source names {len(found)} sources, and {limits.sources} are allowed")
+        raise PreprocessError(
+            f"data.source names {len(found)} sources, and {limits.sources} are allowed (data.limits.sources)"
+        )
     return found
 
 
@@ -172,7 +176,9 @@ def _hidden(path: PurePosixPath) -> bool:
 
 def _downloaded(file: IO[bytes], name: str, source: str, limits: Limits) -> SourceFile:
     if file.seek(0, 2) > limits.file_bytes:
-        raise PreprocessError(f"{source!r} is refused: it has more than {limits.file_bytes} bytes")
+        raise PreprocessError(
+            f"{source!r} is refused: it has more than {limits.file_bytes} bytes (data.limits.file_bytes)"
+        )
 
     def read() -> bytes:
         file.seek(0)
@@ -202,7 +208,8 @@ def _folder(root: Path, limits: Limits) -> list[SourceFile]:
                 files.append(SourceFile(str(relative), lambda path=path: _read_file(path, limits)))
         if len(files) > limits.entries:
             raise PreprocessError(
-                f"{str(root)!r} holds more than {limits.entries} files; give the folder of the pictures"
+                f"{str(root)!r} holds more than {limits.entries} files "
+                "(data.limits.entries); give the folder of the pictures"
             )
     return sorted(files, key=lambda file: file.path)
 
@@ -212,7 +219,7 @@ def _read_file(path: Path, limits: Limits) -> bytes:
         if not path.is_file():  # a pipe or a device would be read for ever
             raise PictureError("it is no regular file")
         if path.stat().st_size > limits.file_bytes:
-            raise PictureError(f"it has more than {limits.file_bytes} bytes")
+            raise PictureError(f"it has more than {limits.file_bytes} bytes (data.limits.file_bytes)")
         return path.read_bytes()
     except OSError as error:
         raise PictureError(f"it cannot be read: {error.strerror}") from error

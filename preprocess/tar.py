@@ -75,7 +75,7 @@ def members(file: IO[bytes], most: int) -> list[Member]:
                 raise TarError(f"it ends within its entry {member.name!r}")
             found.append(member)
             if len(found) > most:
-                raise TarError(f"it has more than {most} entries")
+                raise TarError(f"it has more than {most} entries (data.limits.entries)")
             extension, size = _Extension(), member.size
         at = data + -(-size // BLOCK) * BLOCK
     return found

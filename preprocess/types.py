@@ -19,6 +19,11 @@ class PictureError(ValueError):
     """One picture (or its mask) cannot be used. The run goes on without it; the message is the reason."""
 
 
+def too_large(width: int, height: int, limits: Limits) -> str:
+    """Why a picture of this size is refused before it is decoded."""
+    return f"it is {width} x {height} pixels, and {limits.pixels} in all are allowed (data.limits.pixels)"
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """One file of a source: its relative path with forward slashes, and a way to its bytes."""

@@ -61,9 +61,14 @@ def unpacked(file: IO[bytes], how: Kind, source: str, limits: Limits, scratch: P
         for chunk in _chunks(file, how):
             total += len(chunk)
             if total > limits.total_bytes:
-                raise PreprocessError(f"{source!r} is refused: it unpacks to more than {limits.total_bytes} bytes")
+                raise PreprocessError(
+                    f"{source!r} is refused: it unpacks to more than {limits.total_bytes} bytes "
+                    "(data.limits.total_bytes)"
+                )
             if total > SMALL and total > limits.ratio * packed:
-                raise PreprocessError(f"{source!r} is refused: it unpacks to more than {limits.ratio} times its size")
+                raise PreprocessError(
+                    f"{source!r} is refused: it unpacks to more than {limits.ratio} times its size (data.limits.ratio)"
+                )
             _write(result, chunk)
     except PreprocessError:
         result.close()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # docs/architecture.md.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer", "trainer.args", "trainer.types", "trainer.path", "trainer.registry", "trainer.rundir", "trainer.seed",
-     "trainer.cli", "trainer.console", "trainer.share"),
+     "trainer.cli", "trainer.console", "trainer.extras", "trainer.share"),
     ("trainer.models", "trainer.adapters", "trainer.objectives", "trainer.optim", "trainer.dataset", "trainer.cache",
      "trainer.mixture",
      "preprocess"),

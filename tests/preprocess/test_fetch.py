@@ -230,7 +230,7 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(caplog: pytest.Log
 def test_a_server_that_stays_busy_is_given_up() -> None:
     with serving(reply(b"", "503 Busy")) as url, pytest.raises(PreprocessError) as error:
         fetched(url, tries=3)
-    assert str(error.value) == f"{url} cannot be downloaded: the server answers 503, 3 times"
+    assert str(error.value) == f"{url} cannot be downloaded: the server answers 503, 3 times (data.limits.tries)"
 
 
 def test_a_server_that_breaks_off_once_is_asked_again() -> None:
@@ -254,7 +254,10 @@ def test_a_name_that_is_none() -> None:
 def test_a_length_that_is_too_much_is_refused_before_it_is_sent() -> None:
     with serving(reply(b"", Content_Length=10**9)) as url, pytest.raises(PreprocessError) as error:
         fetched(url, total_bytes=10**6)
-    assert str(error.value) == f"{url} is refused: it has 1000000000 bytes, and 1000000 are allowed"
+    assert (
+        str(error.value)
+        == f"{url} is refused: it has 1000000000 bytes, and 1000000 are allowed (data.limits.total_bytes)"
+    )
 
 
 def test_a_length_that_is_more_than_what_comes() -> None:
@@ -291,7 +294,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 def test_a_body_without_end_is_cut_off(head: bytes, piece: bytes) -> None:
     with serving(endless(head, piece)) as url, pytest.raises(PreprocessError) as error:
         fetched(url, total_bytes=10**6)
-    assert str(error.value) == f"{url} is refused: it has more than 1000000 bytes"
+    assert str(error.value) == f"{url} is refused: it has more than 1000000 bytes (data.limits.total_bytes)"
 
 
 @pytest.mark.parametrize(

@@ -69,23 +69,24 @@ ZIPS: dict[str, tuple[Make, str]] = {
     "pipe": (lambda: zip_of("c.png", PIPE), refused("c.png", "is a link or a device, not a file")),
     "ratio": (
         lambda: zipped({"c.png": bytes(3_000_000)}),
-        refused("c.png", "would unpack to more than 200 times its size"),
+        refused("c.png", "would unpack to more than 200 times its size (data.limits.ratio)"),
     ),
     "one file": (
         lambda: zipped({"c": bytes(4_000_001)}, 0),
-        refused("c", "would unpack to 4000001 bytes, and 4000000 are allowed"),
+        refused("c", "would unpack to 4000001 bytes, and 4000000 are allowed (data.limits.file_bytes)"),
     ),
     "all files": (
         lambda: zipped({f"{i}": bytes(3_500_000) for i in range(6)}),
-        "{} is refused: it would unpack to 21000195 bytes, and 20000000 are allowed",
+        "{} is refused: it would unpack to 21000195 bytes, and 20000000 are allowed (data.limits.total_bytes)",
     ),
     "entries": (
         lambda: zipped({f"{i}": b"" for i in range(19)}),
-        "{} is refused: it has 21 entries, and 20 are allowed",
+        "{} is refused: it has 21 entries, and 20 are allowed (data.limits.entries)",
     ),
     "a long directory": (
         lambda: zipped({f"{i}": b"" for i in range(5000)}),
-        "the archive {} cannot be opened: its list of entries has 248992 bytes, and 20480 are allowed",
+        "the archive {} cannot be opened: its list of entries has 248992 bytes, and 20480 are allowed "
+        "(data.limits.entries)",
     ),
     "shared bytes": (overlapping_zip, "{} is refused: its entries share the same bytes, as those of a bomb do"),
     "twice": (
@@ -206,14 +207,17 @@ TARS: dict[str, tuple[Make, str]] = {
         "{} is refused: it ends within its entry 'c'",
     ),
     "twice": (lambda: tarred(entry("a.png")), "{} is refused: it has 2 entries of the name 'a.png'"),
-    "entries": (lambda: tarred(*(entry(f"{i}") for i in range(19))), "{} is refused: it has more than 20 entries"),
+    "entries": (
+        lambda: tarred(*(entry(f"{i}") for i in range(19))),
+        "{} is refused: it has more than 20 entries (data.limits.entries)",
+    ),
     "one file": (
         lambda: tarred(entry("c", bytes(4_000_001))),
-        refused("c", "would unpack to 4000001 bytes, and 4000000 are allowed"),
+        refused("c", "would unpack to 4000001 bytes, and 4000000 are allowed (data.limits.file_bytes)"),
     ),
     "all files": (
         lambda: tarred(*(entry(f"{i}", bytes(3_500_000)) for i in range(6))),
-        "{} is refused: it would unpack to 21000195 bytes, and 20000000 are allowed",
+        "{} is refused: it would unpack to 21000195 bytes, and 20000000 are allowed (data.limits.total_bytes)",
     ),
 }
 
@@ -221,14 +225,14 @@ PACKED: dict[str, tuple[Make, str]] = {
     **{
         f"bomb by ratio, {how}": (
             lambda squeeze=squeeze: squeeze(tarred(entry("c.png", bytes(3_000_000)))),
-            "{} is refused: it unpacks to more than 200 times its size",
+            "{} is refused: it unpacks to more than 200 times its size (data.limits.ratio)",
         )
         for how, squeeze in SQUEEZE.items()
         if how != "gz"
     },
     "bomb by bytes": (
         lambda: SQUEEZE["gz"](bytes(25_000_000)) + bytes(100_000),
-        "{} is refused: it unpacks to more than 20000000 bytes",
+        "{} is refused: it unpacks to more than 20000000 bytes (data.limits.total_bytes)",
     ),
     **{
         f"no tar in {how}": (
