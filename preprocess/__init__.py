@@ -78,8 +78,8 @@ def build(
         found, copies = dedupe.deduped(found, out_dir, bits=data.dedupe_bits if data.dedupe == "near" else None)
         _refuse_copies(found, copies)
         skipped += copies
-    told = captions.captioned(found, out_dir, data)
-    untriggered = [item.source for item in told if not trigger.named(item.caption, data.trigger)]
+    told = captions.captioned(trigger.assigned(found, data), out_dir, data)
+    untriggered = [item.source for item in told if not trigger.named(item.caption, item.trigger)]
     captioned = trigger.triggered(told, data)
     masked, notes = masks.masked(captioned, out_dir, data.mask) if data.masks else (captioned, [])
     items = tuple(_placed(item, allowed, out_dir, focus=data.crop == "mask") for item in masked)
@@ -96,7 +96,7 @@ def build(
 
 def _write(run: RunDir, report: Report, data: DataArgs) -> None:
     atomic_write(run.skipped, _lines([asdict(skip) for skip in report.skipped]))
-    atomic_write(run.survey, json.dumps(survey(report, data.trigger).json(), indent=2, ensure_ascii=False) + "\n")
+    atomic_write(run.survey, json.dumps(survey(report).json(), indent=2, ensure_ascii=False) + "\n")
     sheet.write(run, report.items, report.skipped, report.notes, data.sheet)
     atomic_write(run.dataset, _lines([item.line(STAGES) for item in report.items]))
 

@@ -111,7 +111,7 @@ def _claimed(out: Path) -> None:
 
 
 def _told(report: Report, data: DataArgs) -> int:
-    found = survey(report, data.trigger)
+    found = survey(report)
     for fact in found.facts:
         print(fact)
     runtime = RuntimeArgs.model_validate({})

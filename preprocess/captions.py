@@ -38,9 +38,7 @@ def captioned(items: Sequence[Item], root: Path, data: DataArgs) -> list[Item]:
     captioner = _captioner(data)
     written = dict(zip((item.name for item in bare), _written(captioner, bare, root, data), strict=True))
     return [
-        item
-        if item.caption
-        else _filled(item, written[item.name], data.captioner, data.caption.replace("{trigger}", data.trigger))
+        item if item.caption else _filled(item, written[item.name], data.captioner, data.of(item.folder).own_caption)
         for item in items
     ]
 

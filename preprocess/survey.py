@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from preprocess import buckets
-from preprocess.types import Report
+from preprocess.types import Item, Report
 
 _NAMED = 5  # pictures that a line names before it says how many more there are
 
@@ -24,13 +24,11 @@ class Survey:
         return asdict(self)
 
 
-def survey(report: Report, trigger: str) -> Survey:
-    """The survey of what preprocessing made.
-
-    Args:
-        trigger: the word that captions should name; preprocessing put it in where it was missing.
-    """
+def survey(report: Report) -> Survey:
+    """The survey of what preprocessing made."""
     items = report.items
+    triggers = Counter(item.trigger for item in items)
+    bare = set(report.untriggered)
     enlarged = {item.source: buckets.enlarged(item, item.bucket) for item in items}
     grown = [source for source, times in enlarged.items() if times > 1]
     masked = sum(item.mask is not None for item in items)
@@ -40,11 +38,19 @@ def survey(report: Report, trigger: str) -> Survey:
         facts.append(f"{len(grown)} enlarged, at most {max(enlarged.values()):.2g} times: {_some(grown)}")
     if masked:
         facts.append(f"{masked} masked")
-    if report.untriggered:
-        facts.append(f"{len(report.untriggered)} captions came without {trigger}: {_some(report.untriggered)}")
+    if len(triggers) > 1:
+        facts += [f"{count} pictures of {trigger}: {_folders(items, trigger)}" for trigger, count in triggers.items()]
+    for trigger in triggers:
+        without = [item.source for item in items if item.trigger == trigger and item.source in bare]
+        if without:
+            facts.append(f"{len(without)} captions came without {trigger}: {_some(without)}")
     problems = [f"{skip.file} is left out: {skip.reason}" for skip in report.skipped]
     problems += report.notes
     return Survey(len(items), tuple(facts), tuple(problems))
+
+
+def _folders(items: tuple[Item, ...], trigger: str) -> str:
+    return "folders " + _some(sorted({item.folder for item in items if item.trigger == trigger}))
 
 
 def _some(names: list[str] | tuple[str, ...]) -> str:

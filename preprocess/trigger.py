@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from preprocess.types import Item
+from preprocess.types import Item, PreprocessError
 from trainer.args import DataArgs
+from trainer.registry import nearest
 
 VERSION = 1  # raise it when the same text would give another caption
 
@@ -16,13 +17,41 @@ VERSION = 1  # raise it when the same text would give another caption
 PEOPLE = ("person", "woman", "man", "girl", "boy", "lady", "guy", "gentleman", "child", "kid", "toddler", "baby",
           "face", "portrait of someone", "someone")  # fmt: skip
 _SHOWN = 10  # captions whose change is logged
+_NAMED = 10  # folders, or pictures, that a message names
 
 _log = logging.getLogger(__name__)
 
 
+def assigned(items: Sequence[Item], data: DataArgs) -> list[Item]:
+    """The items, each with the trigger of its folder's concept.
+
+    Raises:
+        PreprocessError: a concept's folder has no pictures, or a picture outside the concepts has no class word.
+    """
+    there = sorted({item.folder for item in items})
+    for folder in data.concepts:
+        if folder not in there:
+            meant = nearest(folder, there)
+            hint = f"; did you mean {meant}?" if meant else ""
+            raise PreprocessError(
+                f"data.concepts names the folder {folder!r}, which has no pictures{hint} (folders: {_some(there)})"
+            )
+    outside = [item.source for item in items if item.folder not in data.concepts]
+    if data.concepts and outside and data.mode == "object" and not data.class_words:
+        raise PreprocessError(
+            f"data.mode is object, but data.class_words names no word for {_some(outside)}; name their folders in "
+            "data.concepts, or give data.class_words"
+        )
+    return [replace(item, trigger=data.of(item.folder).trigger) for item in items]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
 def triggered(items: Sequence[Item], data: DataArgs) -> list[Item]:
     """The items with the trigger, the prefix and the suffix in all of their captions; says what it changed."""
-    after = [_item(item, data) for item in items]
+    after = [_item(item, data.of(item.folder)) for item in items]
     changed = [
         (item.source, old, new)
         for item, done in zip(items, after, strict=True)

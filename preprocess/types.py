@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from trainer.args import LimitsArgs
@@ -48,6 +49,13 @@ class Item:
     mask: str | None = None  # as `file`; white is what counts
     bucket: tuple[int, int] = (0, 0)  # width, height in pixels that training resizes it to
     centering: tuple[float, float] = (0.5, 0.5)  # share of what the bucket cuts off that goes left, at the top
+    trigger: str = ""  # of the concept that its folder holds
+    regular: bool = False  # one of the regularisation set, which shows no concept
+
+    @property
+    def folder(self) -> str:
+        """Of the file that it came from, relative to the source; . at the top."""
+        return str(PurePosixPath(self.source).parent)
 
     def line(self, stages: dict[str, int]) -> dict[str, Any]:
         """The JSON object of this item; `stages` says which version of each stage made it."""

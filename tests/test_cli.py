@@ -77,6 +77,14 @@ def test_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         (("object", "x", "--sample.prompts", "[broken"), "sample.prompts"),
         (("object", "x", "--adapter.kind", "none", "--text.tokens", "0"), "nothing would be trained"),
         (("object", "x", "--adap", "3"), "is not an option"),
+        (("object", "x", "--data.repeats", "dogs"), "--data.repeats takes name=value, with commas between several, or"),
+        (("object", "x", "--data.concepts=dogs"), "or a JSON object (given: 'dogs')"),
+        (("object", "x", "--data.concepts", '{"dog": {"mode": "style"}}'), "data.concepts.dog.trigger is required"),
+        (("object", "x", "--data.concepts", '{"dog": {"trigr": "A"}}'), "data.concepts.dog.trigr is not an option"),
+        (
+            ("object", "x", "--data.concepts", '{"dog": {"trigger": "A", "mode": "object"}}'),
+            "data.concepts.dog.mode is object, but data.concepts.dog.class_words names no word",
+        ),
     ],
 )
 def test_mistakes_are_answered(argv: tuple[str, ...], said: str) -> None:

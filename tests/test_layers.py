@@ -22,6 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
      "trainer.cli", "trainer.console", "trainer.extras", "trainer.share"),
     ("trainer.models", "trainer.adapters", "trainer.objectives", "trainer.optim", "trainer.dataset", "trainer.cache",
      "trainer.mixture",
+    "trainer.concepts",
      "preprocess"),
     ("trainer.checkpoint", "trainer.export", "trainer.sampler", "trainer.environment"),
     ("trainer.loop", "trainer.report"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small import items, latents
 
 from trainer.args import DataArgs, TrainArgs
-from trainer.dataset import Dataset, Item, read_manifest, shuffled
+from trainer.dataset import Dataset, Item, Tags, read_manifest, varied
 from trainer.mixture import MixtureError, repeated, weights
 from trainer.run import RunError, opened
 
@@ -89,19 +89,19 @@ def test_the_folder_is_that_of_the_source_file(tmp_path: Path) -> None:
 
 def test_tags_move_and_the_first_ones_stay() -> None:
     caption = "TOK,  red hat, snow , a tree, night"
-    seen = {shuffled(caption, 2, seed) for seed in range(200)}
+    seen = {varied(caption, Tags(2, shuffle=True), "TOK", seed) for seed in range(200)}
     assert len(seen) == 6  # of three parts
     for text in seen:
         first, second, *rest = text.split(", ")
         assert (first, second, sorted(rest)) == ("TOK", "red hat", ["a tree", "night", "snow"])
-    assert shuffled("no commas here", 0, 1) == "no commas here"
-    assert shuffled("a, b", 9, 1) == "a, b"
-    assert len({shuffled(caption, 0, seed) for seed in range(2000)}) == 120
+    assert varied("no commas here", Tags(0, shuffle=True), "TOK", 1) == "no commas here"
+    assert varied("a, b", Tags(9, shuffle=True), "TOK", 1) == "a, b"
+    assert len({varied(caption, Tags(0, shuffle=True), "TOK", seed) for seed in range(2000)}) == 120
 
 
 def test_each_showing_has_its_own_order_and_an_index_the_same_for_ever() -> None:
     of = [replace(item, caption="TOK, a, b, c, d") for item in pictures(dog=4)]
-    options: dict[str, Any] = {"batch_size": 2, "seed": 0, "keep_tags": 1}
+    options: dict[str, Any] = {"batch_size": 2, "seed": 0, "tags": Tags(1, shuffle=True)}
     one, other = (Dataset(of, latents(of), **options) for _ in range(2))
     captions = [one.micro(i).captions for i in range(12)]
     assert len({caption for row in captions for caption in row}) > 12

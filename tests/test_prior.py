@@ -9,7 +9,7 @@ import pytest
 import torch
 from small import items, latents
 
-from trainer import cli, run
+from trainer import cli, concepts, run
 from trainer.dataset import Dataset
 
 
@@ -21,7 +21,7 @@ def test_a_prior_needs_class_words() -> None:
 def test_class_words_stand_where_the_trigger_stood_as_a_word() -> None:
     data = cli.validate({"data": {"source": "x", "trigger": "TOK", "class_words": ["dog", r"a\1"]}}).data
     [item] = items([(32, 32)])
-    told = run._priors(data, [item.__class__(**{**vars(item), "caption": "TOK in TOKYO, a TOK"})])
+    told = concepts.priors(data, [item.__class__(**{**vars(item), "caption": "TOK in TOKYO, a TOK"})])
     assert told == {item.name: ["dog in TOKYO, a dog", r"a\1 in TOKYO, a a\1"]}
 
 

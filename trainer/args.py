@@ -97,6 +97,29 @@ class MaskArgs(Section):
         return self
 
 
+Mode = Literal["prefix", "object", "face", "style"]
+
+
+class ConceptArgs(Section):
+    """One of several concepts; what it leaves out is as in the data section. A bare word is its trigger."""
+
+    trigger: str = Field(min_length=1, description="word in captions and prompts that stands for this concept")
+    class_words: tuple[str, ...] | None = Field(None, description="what it is or is like [default: data.class_words]")
+    mode: Mode | None = Field(None, description="where a caption that lacks the trigger gets it [default: data.mode]")
+    keep_class: bool | None = Field(None, description="the trigger before the class word [default: data.keep_class]")
+    caption: str | None = Field(None, description="for its pictures without one [default: data.caption]")
+    prefix: str | None = Field(None, description="put before every caption [default: data.prefix]")
+    suffix: str | None = Field(None, description="put after every caption [default: data.suffix]")
+    init_words: str | None = Field(
+        None, description="words whose mean row starts its vectors [default: text.init_words]"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, given: object) -> object:
+        return {"trigger": given} if isinstance(given, str) else given
+
+
 class DataArgs(Section):
     source: str = Field(
         description="folder, picture, .zip, .tar(.gz, .bz2, .xz, .zst), http(s) URL of one, or several with | between "
@@ -107,10 +130,16 @@ class DataArgs(Section):
         default_factory=lambda: LimitsArgs.model_validate({}), description="what a source may cost at most"
     )
     trigger: str = Field("TOK", min_length=1, description="word in captions and prompts that stands for the concept")
-    caption: str = Field(
-        "a {trigger}",
+    concepts: dict[str, ConceptArgs] = Field(
+        default_factory=dict[str, ConceptArgs],
+        description="several concepts at once, each with its own trigger, as folder=trigger, or as JSON with more of "
+        'its options ({"dog": {"trigger": "TOK", "class_words": ["dog"]}}); . is the top folder, and pictures of '
+        "folders that are not named have data.trigger",
+    )
+    caption: str | None = Field(
+        None,
         description="caption for pictures that come without one; {trigger} stands for the trigger, and it is put "
-        "first where a caption lacks it",
+        "first where a caption lacks it [default: a {trigger}; in mode style: a picture in the style of {trigger}]",
     )
     captioner: str = Field(
         "sidecar",
@@ -127,7 +156,7 @@ class DataArgs(Section):
     embedded_captions: bool = Field(
         False, description="read captions from EXIF and PNG text where no file has one; editors and cameras write it"
     )
-    mode: Literal["prefix", "object", "face", "style"] = Field(
+    mode: Mode = Field(
         "prefix",
         description="where a caption that lacks the trigger gets it: first; for object and face instead of the first "
         "class word that it names; for style in the style of it, at the end",
@@ -176,7 +205,16 @@ class DataArgs(Section):
         "have 1",
     )
     shuffle_tags: bool = Field(False, description="put what commas part in a caption in another order at each showing")
-    keep_tags: int = Field(1, ge=0, description="first parts of a caption that shuffle_tags leaves in their place")
+    keep_tags: int = Field(
+        1, ge=0, description="first parts of a caption that shuffle_tags leaves in their place, and tag_dropout there"
+    )
+    tag_dropout: Probability = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of what commas part in a caption that is left out at each showing; never the first "
+        "keep_tags, and never one that names the trigger",
+    )
     sheet: int = Field(500, ge=0, description="pictures on the contact sheet, those with a warning first; 0 makes none")
 
     @field_validator("resolution", mode="before")
@@ -205,11 +243,37 @@ class DataArgs(Section):
                 "data.caption_lines and data.embedded_captions say how captions are read, but data.recaption or "
                 "captioner none leaves them unread"
             )
-        if self.mode == "object" and not self.class_words:
-            raise ValueError("data.mode is object, but data.class_words names no word that the trigger stands in for")
-        if self.keep_class and self.mode not in ("object", "face"):
-            raise ValueError(f"data.keep_class is for modes object and face, and data.mode is {self.mode}")
         return self
+
+    @model_validator(mode="after")
+    def _triggers_fit(self) -> DataArgs:
+        """Of pictures outside the concepts it is known later whether there are any."""
+        _check_mode("data", self, words_needed=not self.concepts)
+        for folder in self.concepts:
+            _check_mode(f"data.concepts.{folder}", self.of(folder))
+        return self
+
+    def of(self, folder: str) -> DataArgs:
+        """The section as it holds for the pictures of a folder: with its concept's options, and with no concepts."""
+        own = self.concepts[folder].model_dump(exclude_none=True) if folder in self.concepts else {}
+        own.pop("init_words", None)
+        return self.model_copy(update={"concepts": {}, **own})
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """All triggers, the first concept's first; those of pictures outside the concepts once that is resolved."""
+        return tuple(dict.fromkeys(concept.trigger for concept in self.concepts.values())) or (self.trigger,)
+
+    @property
+    def varied(self) -> bool:
+        """Whether a caption is hardly ever the same at two showings."""
+        return self.shuffle_tags or self.tag_dropout > 0
+
+    @property
+    def own_caption(self) -> str:
+        """What a picture is captioned with that comes without a caption."""
+        default = "a picture in the style of {trigger}" if self.mode == "style" else "a {trigger}"
+        return (default if self.caption is None else self.caption).replace("{trigger}", self.trigger)
 
     @model_validator(mode="after")
     def _masks_are_on(self) -> DataArgs:
@@ -217,6 +281,15 @@ class DataArgs(Section):
             if given and not self.masks:
                 raise ValueError(f"{option} needs masks, but data.masks is off; turn it on, or leave {option} out")
         return self
+
+
+def _check_mode(where: str, data: DataArgs, *, words_needed: bool = True) -> None:
+    if data.mode == "object" and not data.class_words and words_needed:
+        raise ValueError(
+            f"{where}.mode is object, but {where}.class_words names no word that the trigger stands in for"
+        )
+    if data.keep_class and data.mode not in ("object", "face"):
+        raise ValueError(f"{where}.keep_class is for modes object and face, and the mode is {data.mode}")
 
 
 class ModelArgs(Section):
@@ -365,9 +438,12 @@ class TrainArgs(Section):
     def _something_trains(self) -> TrainArgs:
         if self.adapter.kind == "none" and self.text.tokens == 0:
             raise ValueError("nothing would be trained: adapter.kind is none and text.tokens is 0; set one of them")
-        if self.text.init == "words" and self.text.tokens and not self.text.init_words:
+        data, concepts = self.data, self.data.concepts.values()
+        words = bool(self.text.init_words) or (bool(concepts) and all(concept.init_words for concept in concepts))
+        if self.text.init == "words" and self.text.tokens and not words:
             raise ValueError("text.init is words, but text.init_words is empty")
-        if self.objective.prior_weight and not self.data.class_words:
+        classes = [data.of(folder).class_words for folder in data.concepts] or [data.class_words]
+        if self.objective.prior_weight and not all(classes):
             raise ValueError(
                 f"objective.prior_weight is {self.objective.prior_weight:g}, but data.class_words names no word that "
                 "stands in for the trigger; give the concept's class (dog, person), or a prior_weight of 0"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,8 @@ def _sentence(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return _unknown(name)
     if error["type"] == "missing":
-        first = next(option for option in options() if f"{option}.".startswith(f"{name}."))  # "data": its first option
-        return f"{first} is required: {options()[first].description}"
+        first = next((option for option in options() if f"{option}.".startswith(f"{name}.")), None)  # "data": its first
+        return f"{first} is required: {options()[first].description}" if first else f"{name} is required"
     if error["type"] == "value_error":
         said = str(error.get("ctx", {}).get("error", error["msg"]))
         return f"{name}: {said}" if name else said
@@ -215,8 +216,28 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, Tree]:
     try:
         tree: Tree = source(args=list(argv))()
     except SettingsError as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(_unreadable(str(error), argv)) from error
     return doors[0], tree
+
+
+def _unreadable(said: str, argv: Sequence[str]) -> str:
+    """A flag whose value could not be split into its parts, in words of ours."""
+    name = next((name for name in options() if re.search(rf"\b{re.escape(name)}(?![\w.])", said)), None)
+    if name is None:
+        return said
+    flags = [*argv, ""]
+    values = [flags[i + 1] for i, word in enumerate(argv) if word == f"--{name}"]
+    values += [word.partition("=")[2] for word in argv if word.startswith(f"--{name}=")]
+    takes = (
+        "takes name=value, with commas between several, or a JSON object"
+        if _is_mapping(name)
+        else "takes a JSON list, or A,B"
+    )
+    return f"--{name} {takes} (given: {', '.join(repr(value) for value in values)})"
+
+
+def _is_mapping(name: str) -> bool:
+    return get_origin(options()[name].annotation) is dict
 
 
 def _mistakes(rest: Sequence[str]) -> list[str]:

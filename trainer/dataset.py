@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Item:
     centering: tuple[float, float] = (0.5, 0.5)  # share of what is cut off that goes left, at the top
     folder: str = "."  # of the file that it came from, relative to the source
     captions: tuple[str, ...] = ()  # where it has several, of which `caption` is the first: one is drawn each time
+    trigger: str = ""  # of the concept that it shows, where the manifest says so
+    regular: bool = False  # one of the regularisation set, which shows no concept
 
 
 def read_manifest(path: Path) -> list[Item]:
@@ -77,6 +80,8 @@ def _item(record: Mapping[str, Any], root: Path) -> Item:
         centering=(float(left), float(top)),
         folder=str(PurePosixPath(record.get("source", "")).parent),
         captions=tuple(str(caption) for caption in record.get("captions", ())),
+        trigger=str(record.get("trigger", "")),
+        regular=bool(record.get("regular", False)),
     )
 
 
@@ -130,7 +135,7 @@ class Dataset:
         masks: Mapping[str, Tensor] | None = None,
         priors: Mapping[str, Sequence[str]] | None = None,
         weights: Mapping[str, float] | None = None,
-        keep_tags: int | None = None,
+        tags: Tags | None = None,
     ) -> None:
         """Keep what batches are made of.
 
@@ -140,9 +145,9 @@ class Dataset:
             masks: picture name -> [1, H, W], for the pictures that have one.
             priors: picture name -> its caption with each class word for the trigger; one is drawn for each batch.
             weights: picture name -> factor of its loss.
-            keep_tags: captions are shuffled at their commas at each showing, but for so many first parts.
+            tags: what happens to the parts of a caption at each showing; None leaves them as they are.
         """
-        self._weights, self._keep_tags = weights, keep_tags
+        self._weights, self._tags = weights, tags
         if not items:
             raise DatasetError("there are no pictures to train on")
         self._items = list(items)
@@ -167,9 +172,12 @@ class Dataset:
         mirror = torch.rand(len(chosen), generator=generator) < (0.0 if self._flipped is None else 0.5)
         latents = [self._latent(item.name, bool(m)) for item, m in zip(chosen, mirror, strict=True)]
         captions = [_drawn(item, derive(self._seed, "caption", index, row)) for row, item in enumerate(chosen)]
-        if self._keep_tags is not None:
+        if self._tags is not None:
             seeds = [derive(self._seed, "tags", index, row) for row in range(len(chosen))]
-            captions = [shuffled(c, self._keep_tags, seed) for c, seed in zip(captions, seeds, strict=True)]
+            captions = [
+                varied(caption, self._tags, item.trigger, seed)
+                for caption, item, seed in zip(captions, chosen, seeds, strict=True)
+            ]
         return Samples(
             latents=torch.stack(latents),
             captions=tuple("" if d else caption for caption, d in zip(captions, drop, strict=True)),
@@ -224,11 +232,30 @@ def _permutation(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def shuffled(caption: str, keep: int, seed: int) -> str:
-    """The caption with what its commas part in another order, but for the first `keep` parts."""
+@dataclass(frozen=True)
+class Tags:
+    """What happens at each showing to what commas part in a caption."""
+
+    keep: int = 1  # first parts that nothing happens to
+    shuffle: bool = False
+    dropout: float = 0.0  # share of the other parts that is left out
+
+
+def varied(caption: str, tags: Tags, trigger: str, seed: int) -> str:
+    """The caption of one showing, a pure function of its arguments. A part that names the trigger is never left out."""
     parts = [part.strip() for part in caption.split(",")]
-    order = _permutation(max(0, len(parts) - keep), seed)
-    return ", ".join([*parts[:keep], *(parts[keep + i] for i in order)])
+    first, rest = parts[: tags.keep], parts[tags.keep :]
+    if tags.shuffle:
+        rest = [rest[i] for i in _permutation(len(rest), seed)]
+    if tags.dropout:
+        drawn = torch.rand(len(rest), generator=torch.Generator().manual_seed(derive(seed, "tag dropout")))
+        named = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)") if trigger else None
+        rest = [
+            part
+            for part, chance in zip(rest, drawn.tolist(), strict=True)
+            if chance >= tags.dropout or (named is not None and named.search(part))
+        ]
+    return ", ".join([*first, *rest])
 
 
 def _drawn(item: Item, seed: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 
 import preprocess
 from preprocess.captioners import CAPTIONERS
-from trainer import cache, checkpoint, console, environment, export, mixture, optim, registry, report
+from trainer import cache, checkpoint, concepts, console, environment, export, mixture, optim, registry, report
 from trainer.adapters import ADAPTERS
 from trainer.adapters.textual_inversion import TextualInversion
 from trainer.args import CaptionModelArgs, DataArgs, RuntimeArgs, TrainArgs
-from trainer.dataset import Dataset, Item, load_mask, load_pixels, read_manifest
+from trainer.dataset import Dataset, Item, Tags, load_mask, load_pixels, read_manifest
 from trainer.hooks import HOOKS, Context, Hook
 from trainer.hooks.checkpoints import Checkpoints, digest, fixed
 from trainer.loop import Run, train
@@ -151,14 +150,17 @@ def resumed(root: Path, args: TrainArgs | None = None, *, code: bool = True) -> 
 
 def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> TrainArgs:
     """The tree with every derived value filled in; resolving it again changes nothing."""
-    captions = tuple(dict.fromkeys(item.caption for item in items))[:4]
-    prompts = tuple(prompt.replace("{trigger}", args.data.trigger) for prompt in args.sample.prompts)
+    data = concepts.filled(args.data, items)
+    try:
+        prompts = concepts.prompts(args.sample.prompts, data, items)
+    except concepts.ConceptError as error:
+        raise RunError(str(error)) from error
     return args.model_copy(
         update={
             "adapter": args.adapter.model_copy(update={"alpha": args.adapter.alpha or float(args.adapter.rank)}),
-            "data": args.data.model_copy(update={"resolution": args.data.resolution or (family.resolution,)}),
+            "data": data.model_copy(update={"resolution": args.data.resolution or (family.resolution,)}),
             "runtime": args.runtime.model_copy(update={"steps": args.runtime.updates(len(items))}),
-            "sample": args.sample.model_copy(update={"prompts": prompts or captions}),
+            "sample": args.sample.model_copy(update={"prompts": prompts}),
         }
     )
 
@@ -231,7 +233,7 @@ def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engi
     atomic_write(run_dir.args, _json(args.model_dump(mode="json")))
     newest = run_dir.newest_checkpoint()
     start = newest[0] if newest else 0
-    context = Context(run_dir, args, start, tuple(str(item.file) for item in items))
+    context = Context(run_dir, args, start, tuple(str(item.file) for item in concepts.in_turn(items)))
     run = _run(context, family, engine, items, parts)
     environment.record(run_dir.env, family, engine.device, start)
     if newest:
@@ -284,7 +286,8 @@ def _dataset(
     try:
         shown = mixture.repeated(items, args.data.repeats, balance=args.data.balance)
         weights = mixture.weights(items, args.data.weights)
-    except mixture.MixtureError as error:
+        priors = concepts.priors(args.data, items) if args.objective.prior_weight else None
+    except (mixture.MixtureError, concepts.ConceptError) as error:
         raise RunError(str(error)) from error
     masks = {item.name: load_mask(item, family.latent_scale) for item in items} if args.data.masks else {}
     return Dataset(
@@ -295,20 +298,14 @@ def _dataset(
         caption_dropout=args.data.caption_dropout,
         flipped=latents(mirrored=True) if args.data.flip else None,
         masks={name: mask for name, mask in masks.items() if mask is not None} or None,
-        priors=_priors(args.data, items) if args.objective.prior_weight else None,
+        priors=priors,
         weights=weights,
-        keep_tags=args.data.keep_tags if args.data.shuffle_tags else None,
+        tags=_tags(args.data),
     )
 
 
-def _priors(data: DataArgs, items: Sequence[Item]) -> dict[str, list[str]]:
-    """Picture name -> every caption of it with every class word in the trigger's place."""
-    trigger = re.compile(rf"(?<!\w){re.escape(data.trigger)}(?!\w)")
-    spelled = [word.replace("\\", r"\\") for word in data.class_words]  # re.sub reads backslashes
-    return {
-        item.name: [trigger.sub(word, caption) for caption in item.captions or (item.caption,) for word in spelled]
-        for item in items
-    }
+def _tags(data: DataArgs) -> Tags | None:
+    return Tags(data.keep_tags, data.shuffle_tags, data.tag_dropout) if data.varied else None
 
 
 def _frozen(family: ModelFamily, adapters: Sequence[Adapter]) -> Predict:
@@ -339,7 +336,7 @@ def _encode(
     """Text is encoded live only while its rows are trained, or while its captions are hardly ever the same."""
     return (
         family.encode
-        if args.text.tokens or args.data.shuffle_tags
+        if args.text.tokens or args.data.varied
         else cache.TextCache(run_dir.cache / "text", family, device)
     )
 

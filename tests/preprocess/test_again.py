@@ -141,11 +141,13 @@ def test_a_dry_run_tells_and_leaves_nothing(
 
 def test_a_survey_counts_and_names_some() -> None:
     items = tuple(
-        Item(f"p{i}", f"p{i}.png", "0", 32, 32, f"p{i}.jpg", mask="m" if i < 2 else None, bucket=(64, 64))
+        Item(
+            f"p{i}", f"p{i}.png", "0", 32, 32, f"p{i}.jpg", mask="m" if i < 2 else None, bucket=(64, 64), trigger="TOK"
+        )
         for i in range(7)
     )
     sources = tuple(item.source for item in items)
-    found = survey(Report(items, (Skipped("x", "why"),), ("p0.jpg: note",), sources), "TOK")
+    found = survey(Report(items, (Skipped("x", "why"),), ("p0.jpg: note",), sources))
     assert found.pictures == 7
     assert found.facts == (
         "7 pictures, 1 left out",
