@@ -1,55 +1,47 @@
 """Captions by image-text similarity: a CLIP picks, for each slot of a template, the phrase that suits the picture best.
 
-A vocabulary is a JSON file:
+What a vocabulary is: see `vocabulary`.
 
-    {"compare": "a {colour} {shape} on a {background} background",
-     "write": "a {colour} shape on a {background} background",
-     "slots": {"colour": ["red", "green"], "background": ["white", "black"], "shape": ["cat", "dog"]}}
-
-`compare` is what the picture is held against, `write` the caption (as `compare` when it is left out). An empty phrase
-is allowed, and a becomes an before a vowel. The first two slots, which belong together, are chosen as a pair over
-random fillings of the others; then every slot in turn with the others as they are, until nothing changes.
-Shapes: N pictures, D width of the common space.
+A caption counts as exp(k x its similarity), as in CLIP's own loss but with half its learned k; a phrase counts as the
+mean of all captions that hold it. So a slot is read whatever the others say, and a picture of something that no phrase
+names is not described by the one caption that happens to come nearest. The first two slots, which belong together,
+are chosen as a pair over a few fillings of the others; then every other slot over the fillings beside that pair.
+A picture is seen five times, moved a little, because a patch grid sees another pattern each time.
+Shapes: N pictures, D width of the common space, P pairs, F fillings.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
+import math
 import random
 import re
-import string
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
 from preprocess.captioners import Write, model
+from preprocess.captioners.vocabulary import Vocabulary, read_vocabulary
 from preprocess.types import Item, PreprocessError
 from trainer.args import CaptionModelArgs
 
 SHIPPED = Path(__file__).parents[2] / "testbed/base/clip"
-_FILLINGS = 8  # of the other slots, that a pair is held against
-_ROUNDS = 4
-_PAIRS = 20_000  # of the first two slots
+_SOFTNESS = 0.5  # of the learned scale: sizes of shapes left out of the vocabulary are read best, fills hardly worse
+_BESIDE_PAIRS = (8, 32)  # fewest and most fillings of the other slots that every pair is held against
+_PAIR_TEXTS = 65_536  # what bounds them between the two
+_BESIDE_ONE = 1_280  # fillings that the chosen pair is held against
+_KEPT = 2**26  # numbers of the pairs whose fillings stay encoded
 _TEXTS = 256  # encoded at once
-
-
-class Vocabulary(BaseModel):
-    """What a vocabulary file holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    compare: str
-    write: str | None = None
-    slots: dict[str, tuple[str, ...]]
+_SHIFT = 1 / 32  # of the shorter side
 
 
 @dataclass(frozen=True)
@@ -62,14 +54,11 @@ class Filled:
         plain = " ".join(template.format(**dict(zip(slots, self.phrases, strict=True))).split())
         return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", plain)
 
-    def replaced(self, slot: int, phrase: str) -> Filled:
-        return Filled((*self.phrases[:slot], phrase, *self.phrases[slot + 1 :]))
-
 
 class Clip:
     """See the file's own description."""
 
-    version = 1
+    version = 2
     sees = True
 
     def __init__(self, options: CaptionModelArgs) -> None:
@@ -108,12 +97,15 @@ class Clip:
         except (OSError, ValueError) as error:
             raise PreprocessError(f"the captioner's CLIP {self._place.base!r} cannot be loaded: {error}") from error
         with model.on_device(clip, self._options.device) as clip:
-            picker = Picker(self._vocabulary, _text_encoder(clip, tokenizer))
+            scale = float(clip.logit_scale.exp())
+            picker = Picker(self._vocabulary, _text_encoder(clip, tokenizer), _SOFTNESS * scale)
 
             def write(items: Sequence[Item], images: Sequence[Image.Image]) -> list[str]:
-                pixels = processor(images=list(images), return_tensors="pt").pixel_values.to(clip.device)
+                views = [view for image in images for view in moved(image)]
+                pixels = processor(images=views, return_tensors="pt").pixel_values.to(clip.device)
                 seen = clip.vision_model(pixel_values=pixels).pooler_output
-                return picker(F.normalize(clip.visual_projection(seen).float(), dim=-1))
+                rows = F.normalize(clip.visual_projection(seen).float(), dim=-1)
+                return picker(F.normalize(rows.view(len(images), -1, rows.shape[-1]).mean(1), dim=-1))
 
             yield write
 
@@ -123,105 +115,97 @@ def _text_encoder(clip: Any, tokenizer: Any) -> Callable[[list[str]], Tensor]:
     length = clip.config.text_config.max_position_embeddings
 
     def encode(texts: list[str]) -> Tensor:
-        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        # only as long as needed: what follows the end of a text does not change its row
+        tokens = tokenizer(texts, padding=True, max_length=length, truncation=True, return_tensors="pt")
         said = clip.text_model(input_ids=tokens.input_ids.to(clip.device)).pooler_output
         return F.normalize(clip.text_projection(said).float(), dim=-1)
 
     return encode
 
 
-class Picker:
-    """Picture rows [N, D] -> captions. Texts that were encoded are kept while the model is loaded."""
+def moved(image: Image.Image) -> list[Image.Image]:
+    """The picture, and moved a little to each side with its edges repeated."""
+    step = max(1, round(min(image.size) * _SHIFT))
+    wide = np.pad(np.asarray(image), ((step, step), (step, step), (0, 0)), mode="edge")
+    corners = [(step, step), (step, 0), (step, 2 * step), (0, step), (2 * step, step)]
+    return [Image.fromarray(wide[y : y + image.height, x : x + image.width]) for x, y in corners]
 
-    def __init__(self, vocabulary: Vocabulary, encode: Callable[[list[str]], Tensor]) -> None:
-        self._vocabulary, self._encode = vocabulary, encode
+
+class Picker:
+    """Picture rows [N, D] -> captions.
+
+    Args:
+        sharpness: k of the file's description.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, encode: Callable[[list[str]], Tensor], sharpness: float) -> None:
+        self._vocabulary, self._encode, self._sharpness = vocabulary, encode, sharpness
         self._slots = list(vocabulary.slots)
-        self._phrases = list(vocabulary.slots.values())
-        self._rows: dict[str, Tensor] = {}
-        self._start: tuple[list[Filled], Tensor] | None = None
+        phrases = list(vocabulary.slots.values())
+        self._pairs = list(itertools.product(*phrases[:2]))
+        self._others = phrases[2:]
+        self._rests = fillings(self._others, _BESIDE_ONE)
+        self._pair_rows: Tensor | None = None
+        self._rest_rows: dict[tuple[str, ...], Tensor] = {}
 
     def __call__(self, pictures: Tensor) -> list[str]:
-        starts, rows = self._starts()
-        chosen = [starts[i] for i in (pictures @ rows.T).argmax(1).tolist()]
-        order = [*range(2, len(self._slots)), *range(min(2, len(self._slots)))]
-        for _ in range(_ROUNDS):
-            before = chosen
-            for slot in order:
-                chosen = self._improved(pictures, chosen, slot)
-            if chosen == before:
-                break
         template = self._vocabulary.write or self._vocabulary.compare
-        return [filled.text(template, self._slots) for filled in chosen]
-
-    def _improved(self, pictures: Tensor, chosen: list[Filled], slot: int) -> list[Filled]:
-        """Each picture's filling with the best phrase in `slot`, the rest as it is."""
-        options = [[filled.replaced(slot, phrase) for phrase in self._phrases[slot]] for filled in chosen]
-        self._read(list(itertools.chain.from_iterable(options)))
+        chosen = [self._pairs[i] for i in self._pair_scores(pictures).argmax(1).tolist()]
         return [
-            filled[int((self._read(filled) @ picture).argmax())]
-            for filled, picture in zip(options, pictures, strict=True)
+            Filled((*pair, *self._rest(picture, pair))).text(template, self._slots)
+            for picture, pair in zip(pictures, chosen, strict=True)
         ]
 
-    def _starts(self) -> tuple[list[Filled], Tensor]:
-        """Every pair of the first two slots, and its mean row [pairs, D] over fillings of the others."""
-        if self._start is None:
-            rng = random.Random(0)  # the same fillings for ever: nothing but the vocabulary decides
-            others = [tuple(rng.choice(phrases) for phrases in self._phrases[2:]) for _ in range(_FILLINGS)]
-            pairs = list(itertools.product(*self._phrases[:2]))
-            rows = [self._read([Filled((*pair, *rest)) for rest in others]).mean(0) for pair in pairs]
-            plain = tuple(phrases[0] for phrases in self._phrases[2:])
-            self._start = [Filled((*pair, *plain)) for pair in pairs], torch.stack(rows)
-        return self._start
+    def _pair_scores(self, pictures: Tensor) -> Tensor:
+        """[N, P]"""
+        if self._pair_rows is None:
+            fewest, most = _BESIDE_PAIRS
+            beside = fillings(self._others, max(fewest, min(most, _PAIR_TEXTS // len(self._pairs))))
+            rows = self._read([Filled((*pair, *rest)) for pair in self._pairs for rest in beside])
+            self._pair_rows = rows.view(len(self._pairs), len(beside), -1)
+        return torch.stack([(self._sharpness * (self._pair_rows @ one)).logsumexp(1) for one in pictures])
 
-    def _read(self, fillings: list[Filled]) -> Tensor:
-        """Unit rows of the texts [N, D]."""
-        texts = [filled.text(self._vocabulary.compare, self._slots) for filled in fillings]
-        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
-        for start in range(0, len(new), _TEXTS):
-            part = new[start : start + _TEXTS]
-            self._rows.update(zip(part, self._encode(part), strict=True))
-        return torch.stack([self._rows[text] for text in texts])
+    def _rest(self, picture: Tensor, pair: tuple[str, ...]) -> list[str]:
+        """The best phrase of every slot after the pair's."""
+        if not self._others:
+            return []
+        weights = (self._sharpness * (self._beside(pair) @ picture)).softmax(0).tolist()
+        best: list[str] = []
+        for slot, phrases in enumerate(self._others):
+            total, seen = dict.fromkeys(phrases, 0.0), Counter(rest[slot] for rest in self._rests)
+            for rest, weight in zip(self._rests, weights, strict=True):
+                total[rest[slot]] += weight
+            best.append(max(phrases, key=lambda phrase: total[phrase] / seen[phrase]))
+        return best
 
+    def _beside(self, pair: tuple[str, ...]) -> Tensor:
+        """Rows [F, D] of the pair with all fillings of the other slots."""
+        kept = self._rest_rows
+        if pair not in kept:
+            kept[pair] = self._read([Filled((*pair, *rest)) for rest in self._rests])
+            while len(kept) > 1 and len(kept) * kept[pair].numel() > _KEPT:
+                del kept[next(iter(kept))]
+        return kept[pair]
 
-def read_vocabulary(path: Path) -> Vocabulary:
-    """Raises PreprocessError for a file that is no vocabulary."""
-    try:
-        vocabulary = Vocabulary.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        return _checked(vocabulary)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PreprocessError(f"data.caption_model.vocabulary {str(path)!r} cannot be read as JSON: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise PreprocessError(
-            f"data.caption_model.vocabulary {str(path)!r} is no vocabulary: {where}: {first['msg']}"
-        ) from error
-    except ValueError as error:
-        raise PreprocessError(f"data.caption_model.vocabulary {str(path)!r} is no vocabulary: {error}") from error
-
-
-def _checked(vocabulary: Vocabulary) -> Vocabulary:
-    slots = vocabulary.slots
-    if not slots or not all(slots.values()):
-        raise ValueError("it needs at least one slot, and a phrase in each")
-    compared = _fields(vocabulary.compare)
-    if compared != set(slots):
-        raise ValueError(f"compare names the slots {_listed(compared)}, and slots holds {_listed(slots)}")
-    if unknown := _fields(vocabulary.write or "") - set(slots):
-        raise ValueError(f"write names {_listed(unknown)}, and slots holds {_listed(slots)}")
-    first = list(slots.values())[:2]
-    pairs = len(first[0]) * (len(first[1]) if len(first) > 1 else 1)
-    if pairs > _PAIRS:
-        raise ValueError(f"its first two slots make {pairs} pairs, and {_PAIRS} are allowed; put shorter slots first")
-    return vocabulary
+    def _read(self, filled: list[Filled]) -> Tensor:
+        """Unit rows of the texts [.., D]."""
+        texts = [one.text(self._vocabulary.compare, self._slots) for one in filled]
+        return torch.cat([self._encode(texts[start : start + _TEXTS]) for start in range(0, len(texts), _TEXTS)])
 
 
-def _fields(template: str) -> set[str]:
-    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+def fillings(slots: Sequence[Sequence[str]], limit: int) -> list[tuple[str, ...]]:
+    """All ways to fill the slots, or where there are more than `limit`, that many at random.
 
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+    Every phrase of a slot then turns up equally often, and at least once: more phrases than `limit` raise it.
+    """
+    if math.prod(len(phrases) for phrases in slots) <= limit:
+        return list(itertools.product(*slots))
+    rng = random.Random(0)  # the same fillings for ever: nothing but the vocabulary decides
+    limit = max(limit, *(len(phrases) for phrases in slots))
+    columns = [[phrases[i % len(phrases)] for i in range(limit)] for phrases in slots]
+    for column in columns:
+        rng.shuffle(column)
+    return list(zip(*columns, strict=True))
 
 
 def _vocabulary_file(options: CaptionModelArgs, place: model.Place) -> Path:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ from PIL import Image
 from transformers import CLIPModel
 
 from preprocess import Item, PreprocessError, build
-from preprocess.captioners.clip import Clip, Picker, Vocabulary, read_vocabulary
+from preprocess.captioners.clip import Clip, Picker, fillings, moved
 from preprocess.captioners.files import words
 from preprocess.captioners.generated import Blip, Florence2
+from preprocess.captioners.vocabulary import Vocabulary, read_vocabulary
 from preprocess.captions import captioned
 from testbed.clip import vocabulary
 from testbed.judge import one_thing
-from testbed.pictures import COLOURS, Scene, render
+from testbed.pictures import COLOURS, FILLS, PLACES, SIZES, Scene, Thing, render
+from testbed.shapes import HELD_OUT_SHAPES
 from trainer import run
 from trainer.args import CaptionModelArgs, DataArgs, TrainArgs
 
@@ -67,8 +71,8 @@ def few_words(folder: Path) -> Path:
 
 
 def test_clip_names_the_colours_and_backgrounds_of_uncaptioned_pictures(tmp_path: Path) -> None:
-    scenes, items = uncaptioned(tmp_path, 60, seed=17)
-    captions = [done.caption for done in captioned(items, tmp_path, clip_data(batch_size=30))]
+    scenes, items = uncaptioned(tmp_path, 10, seed=17)
+    captions = [done.caption for done in captioned(items, tmp_path, clip_data(batch_size=10))]
     assert {done.split(" on a")[-1].split()[-1] for done in captions} == {"background"}
     colour = [f" {s.things[0].colour} shape" in text for s, text in zip(scenes, captions, strict=True)]
     behind = [  # of a gradient between two colours a caption can name one
@@ -76,6 +80,32 @@ def test_clip_names_the_colours_and_backgrounds_of_uncaptioned_pictures(tmp_path
     ]
     assert sum(colour) >= 0.9 * len(scenes)
     assert sum(behind) >= 0.9 * len(scenes)
+
+
+def test_clip_describes_shapes_that_it_has_no_word_for(tmp_path: Path) -> None:
+    """80 renderings of the held-out shapes, in ten pairs of colours, every colour once before and once behind."""
+    rng = np.random.default_rng(23)
+    names = [str(name) for name in rng.permutation(list(COLOURS))]
+    looks = itertools.product(zip(names, names[3:] + names[:3], strict=True), HELD_OUT_SHAPES, ("flat", "striped"))
+    scenes = [
+        Scene((Thing(shape, colour, fill, list(SIZES)[i % 3]),), (background,))
+        for i, ((colour, background), shape, fill) in enumerate(looks)
+    ]
+    items = [item(tmp_path, render(scene, rng), f"p{i}") for i, scene in enumerate(scenes)]
+    captions = [done.caption for done in captioned(items, tmp_path, clip_data(batch_size=40))]
+    right: dict[str, list[bool]] = {"colour": [], "background": [], "size": [], "fill": [], "place": []}
+    for scene, text in zip(scenes, captions, strict=True):
+        thing = scene.things[0]
+        said = text.split(" shape ")[0].split()
+        right["colour"].append(said[-1] == thing.colour)
+        right["background"].append(text.endswith(f" {scene.background[0]} background"))
+        right["size"].append(({"small", "large"} & set(said) or {"medium"}) == {thing.size})
+        right["fill"].append((set(FILLS) & set(said) or {"flat"}) == {thing.fill})
+        right["place"].append(not any(place in text for place in PLACES.values()))
+    shares = {name: sum(hits) / len(hits) for name, hits in right.items()}
+    assert len(scenes) == 80
+    assert min(shares["colour"], shares["background"], shares["place"]) >= 0.9, shares
+    assert min(shares["size"], shares["fill"]) >= 0.8, shares
 
 
 def test_the_shipped_vocabulary_has_the_words_of_the_pictures() -> None:
@@ -121,7 +151,61 @@ def test_the_first_two_slots_are_chosen_as_a_pair() -> None:
     def encode(some: list[str]) -> torch.Tensor:
         return torch.eye(4)[[texts.index(text) for text in some]]
 
-    assert Picker(words, encode)(torch.tensor([list(suits.values())])) == ["blue orange"]
+    assert Picker(words, encode, 1.0)(torch.tensor([list(suits.values())])) == ["blue orange"]
+
+
+def test_a_phrase_counts_as_all_captions_that_hold_it() -> None:
+    """Against sums over the whole product in numpy; the nearest single caption says something else now and then."""
+    slots = {"a": ("u", "v"), "b": ("w", "x"), "c": ("1", "2", "3"), "d": ("4", "5", "6", "7")}
+    words = Vocabulary(compare="{a} {b} {c} {d}", slots=slots)
+    rng = np.random.default_rng(2)
+    whole = list(itertools.product(*slots.values()))
+    rows = {" ".join(one): rng.standard_normal(8) for one in whole}
+    pictures = rng.standard_normal((40, 8))
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        return torch.tensor(np.stack([rows[text] for text in texts]))
+
+    nearest: list[str] = []
+    expected: list[str] = []
+    for picture in pictures:
+        similar = np.array([rows[" ".join(one)] @ picture for one in whole])
+        nearest.append(" ".join(whole[int(similar.argmax())]))
+        counts = np.exp(0.3 * similar).reshape(2, 2, 3, 4)
+        a, b = np.unravel_index(counts.sum((2, 3)).argmax(), (2, 2))
+        c, d = counts[a, b].sum(1).argmax(), counts[a, b].sum(0).argmax()
+        expected.append(" ".join(names[i] for names, i in zip(slots.values(), (a, b, c, d), strict=True)))
+    assert Picker(words, encode, 0.3)(torch.tensor(pictures)) == expected
+    assert sum(one == other for one, other in zip(nearest, expected, strict=True)) < 30
+
+
+def test_too_many_fillings_are_drawn_evenly() -> None:
+    slots = [[f"{name}{i}" for i in range(count)] for name, count in (("a", 7), ("b", 20), ("c", 3))]
+    assert fillings(slots, 420) == list(itertools.product(*slots))
+    drawn = fillings(slots, 40)
+    assert drawn == fillings(slots, 40) != fillings(slots, 41)[:40]
+    assert len(set(drawn)) > 35
+    for slot, phrases in enumerate(slots):
+        counts = Counter(one[slot] for one in drawn)
+        assert set(counts) == set(phrases)
+        assert max(counts.values()) - min(counts.values()) <= 1
+    assert {one[1] for one in fillings(slots, 5)} == set(slots[1])  # no phrase is left out
+    assert fillings([], 5) == [()]
+
+
+def test_a_picture_is_also_seen_moved_to_each_side() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8))
+    views = [np.asarray(view).astype(int) for view in moved(picture)]
+    plain = np.asarray(picture).astype(int)
+    assert all(view.shape == plain.shape for view in views)
+    _, down, up, right, left = views
+    assert (views[0] == plain).all()
+    assert (right[:, 2:] == plain[:, :-2]).all()
+    assert (right[:, :2] == plain[:, :1]).all()
+    assert (left[:, :-2] == plain[:, 2:]).all()
+    assert (left[:, -2:] == plain[:, -1:]).all()
+    assert (down[2:] == plain[:-2]).all()
+    assert (up[:-2] == plain[2:]).all()
 
 
 def test_own_captions_stay_unless_all_are_written_anew(tmp_path: Path) -> None:
@@ -147,7 +231,9 @@ def test_the_model_is_loaded_for_what_is_missing_only_and_freed_after(
     def load(*args: Any, **kwargs: Any) -> Any:
         model = real(*args, **kwargs)
         models.append(model)
-        model.vision_model.register_forward_hook(lambda _, __, out: batches.append(len(out.pooler_output)))
+        model.vision_model.register_forward_hook(
+            lambda _, __, out: batches.append(len(out.pooler_output) // 5)  # each is seen five times
+        )
         return model
 
     monkeypatch.setattr(CLIPModel, "from_pretrained", load)
