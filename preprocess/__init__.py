@@ -10,6 +10,7 @@ from pathlib import Path
 
 from preprocess import buckets, captions, dedupe, masks, sheet, trigger
 from preprocess import ingest as ingestion
+from preprocess.crew import Crew
 from preprocess.ingest import FEWEST, ingest
 from preprocess.survey import survey
 from preprocess.types import Item, Limits, PictureError, PreprocessError, Report, Skipped
@@ -62,48 +63,52 @@ def build(
         run.dataset.unlink(missing_ok=True)  # it is written last, so it is there whole or not at all
     sides = sorted({resolution} if isinstance(resolution, int) else set(resolution))
     allowed = [buckets.sizes(side, step) for side in sides]
-    mask_sources = data.mask.sources if data.masks else ()
+    with Crew(data.workers, share, run.cache / "share") as crew:
+        report = _made(source, out_dir, data, allowed, limits or data.limits, crew)
+        if share.first:
+            _write(run, report, data, crew)
+        share.barrier()
+    return report
+
+
+def _made(
+    source: str, out_dir: Path, data: DataArgs, allowed: Sequence[Sequence[buckets.Size]], limits: Limits, crew: Crew
+) -> Report:
     found, skipped = ingest(
         source,
         out_dir,
-        mask_sources=mask_sources,
-        limits=limits or data.limits,
+        mask_sources=data.mask.sources if data.masks else (),
+        limits=limits,
         private_urls=data.private_urls,
         caption_lines=data.caption_lines,
         embedded_captions=data.embedded_captions,
         all_captioned=data.captioner == "sidecar",
-        share=share,
+        crew=crew,
     )
     if data.dedupe != "off":
-        found, copies = dedupe.deduped(found, out_dir, bits=data.dedupe_bits if data.dedupe == "near" else None)
+        bits = data.dedupe_bits if data.dedupe == "near" else None
+        found, copies = dedupe.deduped(found, out_dir, bits=bits, crew=crew)
         _refuse_copies(found, copies)
         skipped += copies
     told = captions.captioned(trigger.assigned(found, data), out_dir, data)
     untriggered = [item.source for item in told if not trigger.named(item.caption, item.trigger)]
     captioned = trigger.triggered(told, data)
     masked, notes = masks.masked(captioned, out_dir, data.mask) if data.masks else (captioned, [])
-    items = tuple(_placed(item, allowed, out_dir, focus=data.crop == "mask") for item in masked)
+    items = tuple(buckets.bucketed(item, *allowed) for item in masked)
+    if data.crop == "mask":
+        items = buckets.focused(items, out_dir, crew)
     for item in items:
         notes += buckets.remarks(item, data.upscale_limit)
     for note in notes:
         _log.warning("%s", note)
-    report = Report(items, tuple(skipped), tuple(notes), tuple(untriggered))
-    if share.first:
-        _write(run, report, data)
-    share.barrier()
-    return report
+    return Report(items, tuple(skipped), tuple(notes), tuple(untriggered))
 
 
-def _write(run: RunDir, report: Report, data: DataArgs) -> None:
+def _write(run: RunDir, report: Report, data: DataArgs, crew: Crew) -> None:
     atomic_write(run.skipped, _lines([asdict(skip) for skip in report.skipped]))
     atomic_write(run.survey, json.dumps(survey(report).json(), indent=2, ensure_ascii=False) + "\n")
-    sheet.write(run, report.items, report.skipped, report.notes, data.sheet)
+    sheet.write(run, report.items, report.skipped, report.notes, data.sheet, crew)
     atomic_write(run.dataset, _lines([item.line(STAGES) for item in report.items]))
-
-
-def _placed(item: Item, allowed: Sequence[Sequence[buckets.Size]], root: Path, *, focus: bool) -> Item:
-    item = buckets.bucketed(item, *allowed)
-    return buckets.focused(item, root) if focus else item
 
 
 def _refuse_copies(left: Sequence[Item], copies: Sequence[Skipped]) -> None:

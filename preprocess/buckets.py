@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from preprocess.crew import Crew
 from preprocess.types import Item, PreprocessError
 
 VERSION = 1  # raise it when the same size would give another bucket
@@ -76,31 +78,48 @@ def cropped(item: Item) -> tuple[float, float, float, float]:
     return left, top, left + w, top + h
 
 
-def focused(item: Item, root: Path) -> Item:
-    """The item with its crop moved, as far as the picture reaches, to have the mask's centroid in its middle.
+def focused(items: Sequence[Item], root: Path, crew: Crew | None = None) -> tuple[Item, ...]:
+    """The items with their crops moved, as far as the pictures reach, to have the masks' centroids in their middle.
 
     Without a mask, or with a black one, the crop stays where it is.
 
     Args:
-        root: folder that the item's files are relative to.
+        root: folder that the items' files are relative to.
+        crew: looks at the masks [default: this process].
     """
-    if item.mask is None:
-        return item
+    crew = crew or Crew(workers=0)
+    masked = [item for item in items if item.mask is not None]
+    middles = crew.map("finding masks' middles", partial(_middle, root=root), masked, name=_source)
+    by_name = dict(zip((item.name for item in masked), middles, strict=True))
+    return tuple(_moved(item, by_name.get(item.name)) for item in items)
+
+
+def _source(item: Item) -> str:
+    return item.source
+
+
+def _middle(item: Item, root: Path) -> tuple[float, float] | None:
+    """x, y in pixels of the mask's centroid; None of a black one."""
+    assert item.mask is not None
     with Image.open(root / item.mask) as mask:
         weight = np.asarray(mask.convert("L"), dtype=np.float64)
     total = weight.sum()
     if not total:
-        return item
+        return None
     x = float((weight.sum(axis=0) @ (np.arange(item.width) + 0.5)) / total)
     y = float((weight.sum(axis=1) @ (np.arange(item.height) + 0.5)) / total)
+    return x, y
+
+
+def _moved(item: Item, middle: tuple[float, float] | None) -> Item:
+    if middle is None:
+        return item
     scale = enlarged(item, item.bucket)
-    return replace(
-        item,
-        centering=(
-            _centering(x, item.width, item.bucket[0] / scale),
-            _centering(y, item.height, item.bucket[1] / scale),
-        ),
+    x, y = (
+        _centering(at, whole, part / scale)
+        for at, whole, part in zip(middle, (item.width, item.height), item.bucket, strict=True)
     )
+    return replace(item, centering=(x, y))
 
 
 def _centering(middle: float, whole: float, part: float) -> float:

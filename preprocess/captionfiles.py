@@ -37,6 +37,55 @@ class Own:
     source: str
 
 
+@dataclass(frozen=True)
+class Near:
+    """Where the captions of one picture may be."""
+
+    path: str
+    sidecars: tuple[SourceFile, ...]  # the first counts
+    row: Own | None  # of a table
+    most: int  # bytes of a sidecar
+    lines: bool
+    inside: Callable[[bytes], str] | None
+
+    def read(self, content: bytes) -> Own:
+        """The captions: of the sidecar, else of a table, else from inside the picture's `content`; maybe none.
+
+        Raises:
+            PictureError: the sidecar cannot be read.
+        """
+        own = self._in_files()
+        if own is not None:
+            return own
+        caption = self.inside(content) if self.inside else ""
+        return Own((caption,), "the picture itself") if caption else Own((), "")
+
+    def _in_files(self) -> Own | None:
+        if not self.sidecars:
+            return self.row
+        first = self.sidecars[0]
+        captions = self._sidecar(first)
+        if not captions:
+            return self.row
+        others = [file.path for file in self.sidecars[1:]] + ([self.row.source] if self.row else [])
+        if others:
+            _log.warning("%s: its caption is taken from %s, not from %s", self.path, first.path, " or ".join(others))
+        return Own(captions, first.path)
+
+    def _sidecar(self, file: SourceFile) -> tuple[str, ...]:
+        try:
+            content = file.read()
+            if len(content) > self.most:
+                raise PictureError(
+                    f"it has {len(content)} bytes, and {self.most} are allowed (data.limits.caption_bytes)"
+                )
+            text = content.decode("utf-8-sig")
+        except (PictureError, UnicodeDecodeError) as error:
+            raise PictureError(f"its caption {file.path} cannot be used: {error}") from error
+        lines = text.splitlines() if self.lines else [text]
+        return tuple(caption for line in lines if (caption := tidy(line)))
+
+
 @dataclass
 class _Table:
     path: str
@@ -101,29 +150,16 @@ class CaptionFiles:
                 self._rows[path] = Own(tuple(captions), table.path)
 
     def of(self, path: str, content: bytes) -> Own:
-        """The captions of a picture: of its sidecar, else of a table, else from inside; maybe none.
+        """The captions of a picture, whose file holds `content`. Raises PictureError: its sidecar cannot be read."""
+        return self.near(path).read(content)
 
-        Raises:
-            PictureError: its sidecar cannot be read.
-        """
-        own = self._in_files(path)
-        if own is not None:
-            return own
-        caption = self._inside(content) if self._inside else ""
-        return Own((caption,), "the picture itself") if caption else Own((), "")
-
-    def _in_files(self, path: str) -> Own | None:
-        found = [file for ending in SIDECARS if (file := self._beside(path, ending))]
-        row = self._rows.get(path)
-        others = [file.path for file in found[1:]] + ([row.source] if row else [])
-        if not found:
-            return row
-        captions = self._sidecar(found[0])
-        if not captions:
-            return row
-        if others:
-            _log.warning("%s: its caption is taken from %s, not from %s", path, found[0].path, " or ".join(others))
-        return Own(captions, found[0].path)
+    def near(self, path: str) -> Near:
+        """Where the captions of a picture may be; nothing is read yet."""
+        before = path.removesuffix(PurePosixPath(path).suffix)
+        names = (before + ending for ending in SIDECARS)
+        found = (self._files.get(name) or self._files.get(name.lower()) for name in names)
+        sidecars = tuple(file for file in found if file)
+        return Near(path, sidecars, self._rows.get(path), self._limits.caption_bytes, self._lines, self._inside)
 
     def check(self, items: Iterable[Item]) -> None:
         """Raises PreprocessError when a table leaves out pictures of its folder, and nothing else captions them."""
@@ -136,25 +172,6 @@ class CaptionFiles:
                     f"{table.path} has no row for {len(inside)} of the pictures beside it: "
                     f"{', '.join(inside[:_NAMED])}{more}; add the rows, or choose a data.captioner that writes captions"
                 )
-
-    def _beside(self, path: str, ending: str) -> SourceFile | None:
-        picture = PurePosixPath(path)
-        name = str(picture.with_name(picture.stem + ending))
-        return self._files.get(name) or self._files.get(name.lower())
-
-    def _sidecar(self, file: SourceFile) -> tuple[str, ...]:
-        try:
-            content = file.read()
-            if len(content) > self._limits.caption_bytes:
-                raise PictureError(
-                    f"it has {len(content)} bytes, and {self._limits.caption_bytes} are allowed "
-                    "(data.limits.caption_bytes)"
-                )
-            text = content.decode("utf-8-sig")
-        except (PictureError, UnicodeDecodeError) as error:
-            raise PictureError(f"its caption {file.path} cannot be used: {error}") from error
-        lines = text.splitlines() if self._lines else [text]
-        return tuple(caption for line in lines if (caption := tidy(line)))
 
     def _table(self, file: SourceFile) -> _Table:
         table = _Table(file.path)

@@ -8,8 +8,8 @@ from trainer.rundir import RunDir, RunDirError
 
 # Stage -> its files, relative to the cache.
 STAGES: Mapping[str, tuple[str, ...]] = {
-    "pictures": ("pictures/*",),
-    "masks": ("masks/*", "pictures/*.mask.png", "pictures/*.mask.png.key"),
+    "pictures": ("pictures/*", "kept/*"),
+    "masks": ("masks/*", "pictures/*.mask.png"),
     "captions": ("captions/*",),
     "latents": ("latents/*",),
     "text": ("text/*",),

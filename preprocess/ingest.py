@@ -9,20 +9,21 @@ import io
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
 from preprocess import embedded, masks
-from preprocess.captionfiles import CaptionFiles, is_caption_file, is_table
+from preprocess.captionfiles import CaptionFiles, Near, is_caption_file, is_table
+from preprocess.crew import Crew
 from preprocess.picture import decode
-from preprocess.source import SourceFile, opened, shown_all
-from preprocess.stagecache import StageKey, digest, kept
+from preprocess.source import SourceFile, in_memory, opened, shown_all
+from preprocess.stagecache import Ledger, StageKey, digest
 from preprocess.types import Item, Limits, PictureError, PreprocessError, Skipped
-from trainer.rundir import atomic_write
-from trainer.share import ALONE, Share
+from trainer.rundir import RunDir, atomic_write
 
 VERSION = 2  # raise it when the same source would give other pixels or names
 
@@ -41,7 +42,7 @@ def ingest(
     caption_lines: bool = False,
     embedded_captions: bool = False,
     all_captioned: bool = False,
-    share: Share = ALONE,
+    crew: Crew | None = None,
 ) -> tuple[list[Item], list[Skipped]]:
     """Writes out/folder/<name>.png (and <name>.mask.png) for each picture of `source`.
 
@@ -55,37 +56,45 @@ def ingest(
         caption_lines: each line of x.txt is a caption of its own.
         embedded_captions: a picture with no caption in a file may have one inside, in EXIF or PNG text.
         all_captioned: a table of captions must have all pictures beside it.
-        share: of several processes on one `out`; each decodes its part and finds the others' in the cache.
+        crew: does the work [default: this process].
 
     Raises:
         PreprocessError: there is no such source, it is hostile, or fewer than two pictures can be used.
     """
     limits = limits or Limits.model_validate({})
-    items: list[Item] = []
-    skipped: list[Skipped] = []
-    with opened(source, limits, private_urls=private_urls, scratch=out) as files:
-        by_path = {file.path.lower(): file for file in files} | {file.path: file for file in files}
+    crew = crew or Crew(workers=0)
+    with (
+        opened(source, limits, private_urls=private_urls, scratch=out) as files,
+        Ledger(RunDir(out).kept, "ingest") as ledger,
+    ):
         without_captions = [file for file in files if not _sidecar(file.path)]
         in_folders = masks.in_folders(without_captions, mask_sources)
         apart = {file.path for file in in_folders.values()}
         pictures = [file for file in without_captions if file.path not in apart]
-        find_mask = masks.OfSource(mask_sources, in_folders, limits)
         inside = partial(embedded.caption, limits=limits) if embedded_captions else None
         captions = CaptionFiles(files, (file.path for file in pictures), limits, lines=caption_lines, inside=inside)
-        skipped += _orphans(files, pictures, apart)
-        named = list(zip(pictures, _names(file.path for file in pictures), strict=True))
-        one = partial(_one, files=by_path, out=out, folder=folder, mask=find_mask, captions=captions, limits=limits)
-        if share.processes > 1:
-            for file, name in share.of(named):
-                with suppress(PictureError):  # said below, in the order of the whole
-                    one(file, name)
-            share.barrier()
-        for file, name in named:
-            try:
-                items.append(one(file, name))
-            except PictureError as error:
-                _log.warning("%s is left out: %s", file.path, error)
-                skipped.append(Skipped(file.path, str(error)))
+        find_mask = masks.OfSource(mask_sources, in_folders, limits)
+        beside = _lookup(files) if "sidecar" in mask_sources else {}
+        tasks: list[_Task] = []
+        for file, name in zip(pictures, _names(file.path for file in pictures), strict=True):
+            where = f"{folder}/{name}"
+            mask = _OfMask(find_mask.only(file.path), _find(beside, file.path, ".mask.png")) if mask_sources else None
+            tasks.append(_Task(name, where, file, captions.near(file.path), mask, ledger.get(where)))
+
+        def keep(task: _Task, made: dict[str, Any]) -> None:
+            if "new" in made:
+                ledger.put(task.where, made["new"])
+
+        one = partial(_one, out=out, limits=limits)
+        made = crew.map("decoding", one, tasks, name=_path, pack=_packed, done=keep)
+    items: list[Item] = []
+    skipped = _orphans(files, pictures, apart)
+    for task, came in zip(tasks, made, strict=True):
+        if "why" in came:
+            _log.warning("%s is left out: %s", task.file.path, came["why"])
+            skipped.append(Skipped(task.file.path, came["why"]))
+        else:
+            items.append(_item(task, came))
     if len(items) < FEWEST:
         raise PreprocessError(_too_few(source, items, skipped))
     if all_captioned:
@@ -114,44 +123,103 @@ def _owner(path: str, in_folders: set[str]) -> str | None:
     return str(PurePosixPath(path).with_suffix("")).lower().removesuffix(".mask")
 
 
-def _find(files: dict[str, SourceFile], picture: PurePosixPath, ending: str) -> SourceFile | None:
-    path = str(picture.with_name(picture.stem + ending))
+def _lookup(files: list[SourceFile]) -> dict[str, SourceFile]:
+    return {file.path.lower(): file for file in files} | {file.path: file for file in files}
+
+
+def _find(files: dict[str, SourceFile], picture: str, ending: str) -> SourceFile | None:
+    path = picture.removesuffix(PurePosixPath(picture).suffix) + ending
     return files.get(path) or files.get(path.lower())
 
 
-def _one(
-    file: SourceFile,
-    name: str,
-    files: dict[str, SourceFile],
-    out: Path,
-    folder: str,
-    *,
-    mask: masks.OfSource,
-    captions: CaptionFiles,
-    limits: Limits,
-) -> Item:
-    content = file.read()
-    where = f"{folder}/{name}.png"
+@dataclass(frozen=True)
+class _OfMask:
+    find: masks.OfSource
+    sidecar: SourceFile | None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """All that making one item needs, and nothing that cannot go to another process once it is packed."""
+
+    name: str
+    where: str  # its file in `out`, without suffix
+    file: SourceFile
+    captions: Near
+    mask: _OfMask | None
+    before: dict[str, Any] | None  # what the ledger knows of it
+
+
+def _path(task: _Task) -> str:
+    return task.file.path
+
+
+def _packed(task: _Task) -> tuple[_Task, int]:
+    """The task with the files in memory that only this process can read, and their bytes."""
+    sizes: list[int] = []
+
+    def pack(file: SourceFile) -> SourceFile:
+        packed, size = in_memory(file)
+        sizes.append(size)
+        return packed
+
+    mask = task.mask
+    if mask:
+        inside = {path: pack(file) for path, file in mask.find.in_folders.items()}
+        mask = _OfMask(replace(mask.find, in_folders=inside), pack(mask.sidecar) if mask.sidecar else None)
+    captions = replace(task.captions, sidecars=tuple(pack(file) for file in task.captions.sidecars))
+    return replace(task, file=pack(task.file), captions=captions, mask=mask), sum(sizes)
+
+
+def _one(task: _Task, *, out: Path, limits: Limits) -> dict[str, Any]:
+    """What came of a picture, as JSON: its item's fields and what is `new` for the ledger; or `why` it is left out."""
+    try:
+        content = task.file.read()
+        made = _decoded(task, content, out, limits)
+        size = made["width"], made["height"]
+        mask = task.mask and task.mask.find(task.file.path, content, size, task.mask.sidecar)
+        own = task.captions.read(content)
+    except PictureError as error:
+        return {"why": str(error)}
+    if mask is not None:
+        atomic_write(out / f"{task.where}.mask.png", _png(mask))
+    found = {"made": made, "captions": own.captions, "caption_from": own.source, "masked": mask is not None}
+    return found if made is task.before else found | {"new": made}
+
+
+def _decoded(task: _Task, content: bytes, out: Path, limits: Limits) -> dict[str, Any]:
+    """The line of the ledger about the decoded picture, which is there already or is made."""
+    path = Path(f"{out}/{task.where}.png")
     key = StageKey("ingest", VERSION, limits.model_dump(include={"pixels", "side"})).of(digest(content))
-    sha256, _ = kept(out / where, key, lambda: _png(decode(content, limits)))
-    with Image.open(out / where) as image:
-        size = image.size
-    beside = PurePosixPath(file.path)
-    grey = mask(file.path, content, size, _find(files, beside, ".mask.png"))
-    own = captions.of(file.path, content)
-    if grey is not None:
-        atomic_write(out / folder / f"{name}.mask.png", _png(grey))
+    before = task.before
+    if before and before.get("key") == key and before.get("sha256") == _digest_of(path):
+        return before
+    picture = decode(content, limits)
+    png = _png(picture)
+    atomic_write(path, png, durable=False)
+    return {"key": key, "sha256": digest(png), "width": picture.width, "height": picture.height}
+
+
+def _digest_of(path: Path) -> str | None:
+    try:
+        return digest(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _item(task: _Task, came: dict[str, Any]) -> Item:
+    captions = tuple(came["captions"])
     return Item(
-        name=name,
-        file=where,
-        sha256=sha256,
-        width=size[0],
-        height=size[1],
-        source=file.path,
-        caption=own.captions[0] if own.captions else "",
-        captions=own.captions if len(own.captions) > 1 else (),
-        caption_from=own.source,
-        mask=f"{folder}/{name}.mask.png" if grey is not None else None,
+        name=task.name,
+        file=f"{task.where}.png",
+        sha256=came["made"]["sha256"],
+        width=came["made"]["width"],
+        height=came["made"]["height"],
+        source=task.file.path,
+        caption=captions[0] if captions else "",
+        captions=captions if len(captions) > 1 else (),
+        caption_from=came["caption_from"],
+        mask=f"{task.where}.mask.png" if came["masked"] else None,
     )
 
 
@@ -163,14 +231,15 @@ def _png(image: Image.Image) -> bytes:
 
 def _names(paths: Iterable[str]) -> list[str]:
     """Short names that a person recognises: safe in a file name, unique even where case does not count."""
-    taken: set[str] = set()
+    taken: dict[str, int] = {}  # name -> the number to try next where it is taken
     names: list[str] = []
     for path in paths:
         stem = re.sub(r"[^\w-]+", "_", PurePosixPath(path).stem).strip("_")[:60] or "picture"
-        name, n = stem, 2
+        name, n = stem, taken.get(stem.lower(), 2)
         while name.lower() in taken:
             name, n = f"{stem}-{n}", n + 1
-        taken.add(name.lower())
+        taken[stem.lower()] = n
+        taken[name.lower()] = 2
         names.append(name)
     return names
 

@@ -60,6 +60,11 @@ class OfSource:
     in_folders: Mapping[str, SourceFile]  # of that function
     limits: Limits
 
+    def only(self, path: str) -> OfSource:
+        """The same for one picture of the source alone: small enough to be sent to another process."""
+        stem = _stem(path)
+        return replace(self, in_folders={stem: self.in_folders[stem]} if stem in self.in_folders else {})
+
     def __call__(
         self, path: str, content: bytes, size: tuple[int, int], sidecar: SourceFile | None
     ) -> Image.Image | None:
@@ -73,7 +78,7 @@ class OfSource:
         Raises:
             PictureError: a mask is there and cannot be used.
         """
-        inside = self.in_folders.get(str(PurePosixPath(path).with_suffix("")).lower())
+        inside = self.in_folders.get(_stem(path))
         files = {"sidecar": sidecar, "folder": inside}
         for source in self.sources:
             file = files.get(source)
@@ -83,6 +88,10 @@ class OfSource:
             if mask is not None:
                 return mask
         return None
+
+
+def _stem(path: str) -> str:
+    return str(PurePosixPath(path).with_suffix("")).lower()
 
 
 def masked(items: Sequence[Item], root: Path, options: MaskArgs) -> tuple[list[Item], list[str]]:

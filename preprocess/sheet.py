@@ -8,12 +8,15 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from preprocess.buckets import cropped
+from preprocess.crew import Crew
 from preprocess.types import Item, Skipped
 from trainer.rundir import RunDir, atomic_write
 
@@ -31,22 +34,29 @@ code { background: #f6f6f6; }
 
 
 def write(
-    run: RunDir, items: Sequence[Item], skipped: Sequence[Skipped], notes: Sequence[str], most: int
+    run: RunDir,
+    items: Sequence[Item],
+    skipped: Sequence[Skipped],
+    notes: Sequence[str],
+    most: int,
+    crew: Crew | None = None,
 ) -> list[Path]:
     """Writes RUN/sheet.html and RUN/sheet.png, from the 101st picture on sheet_2.html and so on; gives the pages.
 
     Args:
         notes: warnings; one that starts with a picture's source and a colon is shown with that picture.
         most: pictures shown; when there are more, those with a warning come first.
+        crew: makes the small pictures [default: this process].
     """
     for stale in [*run.root.glob("sheet*.html"), *run.root.glob("sheet*.png")]:
         stale.unlink()
-    warnings = {item.source: [note for note in notes if note.startswith(f"{item.source}: ")] for item in items}
+    crew = crew or Crew(workers=0)
+    warnings = _by_source(items, notes)
     shown = list(items) if len(items) <= most else sorted(items, key=lambda item: not warnings[item.source])[:most]
     pages = [shown[start : start + PAGE] for start in range(0, len(shown), PAGE)] if most else []
     written: list[Path] = []
     for number, page in enumerate(pages, 1):
-        thumbs = [thumb(item, run.root) for item in page]
+        thumbs = crew.local(partial(thumb, root=run.root), page, name=_source)
         texts = [[text.removeprefix(f"{item.source}: ") for text in warnings[item.source]] for item in page]
         head = f"{len(items)} pictures" + (f", {len(shown)} of them shown" if len(shown) < len(items) else "")
         picture = io.BytesIO()
@@ -58,6 +68,20 @@ def write(
         atomic_write(run.sheet(number), _page(head, f"{links}<div class='cards'>{body}</div>{left_out}"))
         written.append(run.sheet(number))
     return written
+
+
+def _by_source(items: Sequence[Item], notes: Sequence[str]) -> dict[str, list[str]]:
+    """The notes of each picture; a source may have a colon in its own name."""
+    found: dict[str, list[str]] = {item.source: [] for item in items}
+    for note in notes:
+        for colon in re.finditer(": ", note):
+            if note[: colon.start()] in found:
+                found[note[: colon.start()]].append(note)
+    return found
+
+
+def _source(item: Item) -> str:
+    return item.source
 
 
 def thumb(item: Item, root: Path) -> Image.Image:

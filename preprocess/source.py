@@ -11,6 +11,7 @@ import re
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
@@ -20,7 +21,7 @@ from preprocess.picture import looks_like_picture
 from preprocess.types import Limits, PictureError, PreprocessError, SourceFile
 from preprocess.unpack import Kind, has_zip, kind, unpacked
 
-__all__ = ["SourceFile", "named", "opened", "shown_all"]
+__all__ = ["SourceFile", "in_memory", "named", "opened", "shown_all"]
 
 _JUNK = {"thumbs.db", "desktop.ini"}
 _SIDECARS = (".txt", ".caption", ".mask.png")
@@ -98,6 +99,21 @@ def named(source: str, limits: Limits) -> list[str]:
             f"data.source names {len(found)} sources, and {limits.sources} are allowed (data.limits.sources)"
         )
     return found
+
+
+def in_memory(file: SourceFile) -> tuple[SourceFile, int]:
+    """The file as another process can read it, and the bytes that it holds for that: what this one alone can read."""
+    if file.anywhere:
+        return file, 0
+    try:
+        content = file.read()
+    except PictureError as error:
+        return SourceFile(file.path, partial(_refused, str(error)), anywhere=True), 0
+    return SourceFile(file.path, partial(bytes, content), anywhere=True), len(content)
+
+
+def _refused(why: str) -> bytes:
+    raise PictureError(why)
 
 
 def shown_all(source: str) -> str:
@@ -205,7 +221,7 @@ def _folder(root: Path, limits: Limits) -> list[SourceFile]:
             path = Path(folder, name)
             relative = PurePosixPath(path.relative_to(root).as_posix())
             if not _hidden(relative):
-                files.append(SourceFile(str(relative), lambda path=path: _read_file(path, limits)))
+                files.append(SourceFile(str(relative), partial(_read_file, path, limits), anywhere=True))
         if len(files) > limits.entries:
             raise PreprocessError(
                 f"{str(root)!r} holds more than {limits.entries} files "

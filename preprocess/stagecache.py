@@ -2,6 +2,7 @@
 
     <folder>/<name>.png + <name>.png.key     a picture or a mask, with the key and the sha256 of what was written
     <folder>/<name>.<key>.json               a caption or another small answer, with its full key inside
+    <folder>/<stage>.<n>.<token>.jsonl       a ledger: what a stage knows of many pictures, a line each
 
 A key is sha256 over the stage's name, version and parameters and over the hashes of its input, so a changed parameter
 makes only its own stage anew, and what reads from it. Everything is written beside and renamed: after a kill, or with
@@ -12,11 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from trainer.rundir import atomic_write
 
@@ -91,6 +95,56 @@ def remembered_all(
             name, key = wanted[index]
             found[index] = remembered(folder, name, key, lambda value=value: value)
     return found
+
+
+class Ledger(AbstractContextManager["Ledger"]):
+    """What a stage knows of each picture by its name; for tens of thousands, where a file each would be slow.
+
+    It is only a hint: whoever asks compares the key in it and looks whether the file is the one it speaks of. Each
+    process adds lines to a file of its own, so that two at once cannot mix them; the last line of a name counts.
+    """
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self._folder, self._stage = folder, stage
+        self._known: dict[str, dict[str, Any]] = {}
+        self._file: IO[bytes] | None = None
+        files = sorted(folder.glob(f"{stage}.[0-9]*.jsonl"))  # oldest first
+        self._next = 1 + max((int(match[0]) for path in files if (match := re.search(r"\d+", path.name))), default=0)
+        for path in files:
+            for line in _lines(path):
+                self._known[line["name"]] = line
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        return self._known.get(name)
+
+    def put(self, name: str, what: Mapping[str, Any]) -> None:
+        """Says something new of a picture. After a kill only the last line may be missing."""
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            token = f"{self._next:06d}.{os.getpid():x}{secrets.token_hex(4)}"
+            self._file = (self._folder / f"{self._stage}.{token}.jsonl").open("ab", buffering=0)
+        line = {"name": name, **what}
+        self._known[name] = line
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a ledger's file that have a name; what was cut off or spoilt is left out."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:  # cleaned meanwhile
+        return
+    for line in content.splitlines():
+        try:
+            value: Any = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(cast("dict[str, Any]", value).get("name"), str):
+            yield cast("dict[str, Any]", value)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class SourceFile:
 
     path: str
     read: Callable[[], bytes]  # raises PictureError
+    anywhere: bool = False  # `read` can be sent to another process and works there
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer import cli, run
+from trainer import cli, progress, run
 from trainer.hooks import Context, Hook
 from trainer.hooks.checkpoints import RESUMABLE, digest, fixed
-from trainer.hooks.progress import Progress, clock
+from trainer.hooks.progress import Progress
 from trainer.loop import Run
 from trainer.rundir import RunDir, read_jsonl
 from trainer.types import Step
@@ -178,8 +178,6 @@ def test_digest_moves_with_what_may_not_change(tmp_path: Path) -> None:
 def test_plain_lines_are_few_and_say_what_is_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.hooks import progress
-
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     hook = Progress(Context(RunDir(tmp_path), tree(tmp_path, tmp_path, tmp_path), start=10))
@@ -194,7 +192,7 @@ def test_plain_lines_are_few_and_say_what_is_left(
     assert lines[0] == "step 11/110  loss 0.5000  lr adapter 1.0e-03  4.0 images/s  1:39 left"
     assert lines[-1].startswith("step 110/110")
     assert lines[-1].endswith("0:00 left")
-    assert clock(7390) == "2:03:10"
+    assert progress.clock(7390) == "2:03:10"
 
 
 def test_a_bar_with_the_time_left_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

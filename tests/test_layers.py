@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # docs/architecture.md.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer", "trainer.args", "trainer.types", "trainer.path", "trainer.registry", "trainer.rundir", "trainer.seed",
-     "trainer.cli", "trainer.console", "trainer.extras", "trainer.share"),
+     "trainer.cli", "trainer.console", "trainer.extras", "trainer.progress", "trainer.share"),
     ("trainer.models", "trainer.adapters", "trainer.objectives", "trainer.optim", "trainer.dataset", "trainer.cache",
      "trainer.mixture",
     "trainer.concepts",
@@ -41,6 +41,7 @@ NO_TORCH = (
     "trainer.seed",
     "trainer.cli",
     "trainer.share",
+    "trainer.progress",
     "preprocess",
 )
 LONGEST_FUNCTION = 90  # lines; 3-40 are usual

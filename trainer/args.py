@@ -129,6 +129,13 @@ class DataArgs(Section):
     limits: LimitsArgs = Field(
         default_factory=lambda: LimitsArgs.model_validate({}), description="what a source may cost at most"
     )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="processes that decode and look at pictures, once there is work for several seconds; 0 and 1 do it "
+        "in the trainer's own [default: one for each core that it may use]",
+    )
     trigger: str = Field("TOK", min_length=1, description="word in captions and prompts that stands for the concept")
     concepts: dict[str, ConceptArgs] = Field(
         default_factory=dict[str, ConceptArgs],

@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trainer import progress
+
 NAMES = ("trainer", "preprocess")
 
 
@@ -38,7 +40,7 @@ def shown() -> Generator[None]:
     handler = _Console()
     handler.setFormatter(logging.Formatter("%(message)s"))
     if sys.stderr.isatty():
-        handler.addFilter(lambda record: record.name != "trainer.progress")
+        handler.addFilter(lambda record: record.name != progress.LOGGER)
     loggers = [logging.getLogger(name) for name in NAMES]
     for logger in loggers:
         logger.addHandler(handler)

@@ -83,6 +83,11 @@ class RunDir:
         return self.root / "cache"
 
     @property
+    def kept(self) -> Path:
+        """What stages know of single pictures: ledgers of `preprocess.stagecache`."""
+        return self.cache / "kept"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
@@ -139,8 +144,11 @@ def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None
     Raises:
         OSError: nothing is left behind, and what was there before still is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

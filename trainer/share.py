@@ -20,6 +20,7 @@ class Share:
     rank: int = 0
     processes: int = 1
     barrier: Callable[[], None] = _nobody  # returns when all processes have called it
+    here: int = 1  # processes of this run on this machine, which share its cores
 
     @property
     def first(self) -> bool:

@@ -63,10 +63,16 @@ def test_again_decodes_nothing_and_says_the_same(source: Path, tmp_path: Path, d
 def test_again_decodes_what_is_new_missing_changed_or_cut_off(source: Path, tmp_path: Path, decoded: list[int]) -> None:
     first = made(source, tmp_path / "out")
     kept = tmp_path / "out/cache/pictures"
+
+    def cut_off() -> None:
+        """The last of what is known of pictures, as a kill would leave it."""
+        ledger = min((tmp_path / "out/cache/kept").glob("ingest.*"))
+        ledger.write_bytes(ledger.read_bytes()[:-9])
+
     for harm in (
         lambda: (kept / "p0.png").unlink(),
         lambda: (kept / "p1.png").write_bytes((kept / "p1.png").read_bytes()[:40]),
-        lambda: (kept / "p2.png.key").unlink(),
+        cut_off,
     ):
         decoded.clear()
         harm()
@@ -193,7 +199,12 @@ STAGES = {
     "text": {"cache/text/a.1.safetensors"},
     "captions": {"cache/captions/p0.1.json", "dataset.jsonl"},
     "masks": {"cache/pictures/p0.mask.png", "dataset.jsonl"},
-    "pictures": {"cache/pictures/p0.mask.png", "cache/pictures/p0.png", "cache/pictures/p0.png.key", "dataset.jsonl"},
+    "pictures": {
+        "cache/pictures/p0.mask.png",
+        "cache/pictures/p0.png",
+        "cache/kept/ingest.000001.a.jsonl",
+        "dataset.jsonl",
+    },
 }
 
 

@@ -103,7 +103,7 @@ def test_the_centroid_is_in_the_middle_where_the_picture_reaches(tmp_path: Path)
         mask = np.zeros((height, width), np.uint8)
         mask[y, x] = 255
         Image.fromarray(mask).save(tmp_path / "m.png")
-        moved = focused(item(width, height, mask="m.png", bucket=(64, 48)), tmp_path)
+        moved = focused([item(width, height, mask="m.png", bucket=(64, 48))], tmp_path)[0]
         left, top, right, bottom = cropped(moved)
         assert -1e-9 <= left < right <= width + 1e-9
         assert -1e-9 <= top < bottom <= height + 1e-9

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 # What a resumed run may change: it moves no weight of the result.
 RESUMABLE = (
+    "data.workers",
     "sample",
     "hooks",
     "runtime.checkpoint_every",
