@@ -53,11 +53,19 @@ class CaptionModelArgs(Section):
     prompt: str | None = Field(
         None,
         description="what the model is asked: for blip the words that a caption starts with, for florence2 a task "
-        "[default: <DETAILED_CAPTION>]",
+        "[default: <DETAILED_CAPTION>], for qwen-vl and joycaption a style (descriptive, short, tags) or a question "
+        "of your own [default: descriptive]",
     )
     batch_size: int = Field(8, ge=1, le=1024, description="pictures captioned at once")
     side: int = Field(512, ge=16, le=4096, description="pixels; pictures are shrunk to this before the model sees them")
-    tokens: int = Field(75, ge=1, le=1024, description="tokens that blip and florence2 write at most")
+    tokens: int = Field(75, ge=1, le=1024, description="tokens that a captioner which writes sentences uses at most")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="precision of the weights; auto is bf16 for qwen-vl and joycaption on a GPU, else fp32"
+    )
+    general_threshold: float = Field(0.35, gt=0.0, le=1.0, description="how sure wd-tagger must be of a tag")
+    character_threshold: float = Field(
+        0.85, gt=0.0, le=1.0, description="how sure wd-tagger must be of a tag that names a character"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where it runs; auto takes a GPU")
 
 

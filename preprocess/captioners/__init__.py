@@ -21,6 +21,9 @@ CAPTIONERS: dict[str, str] = {
     "clip": "preprocess.captioners.clip:Clip",
     "blip": "preprocess.captioners.generated:Blip",
     "florence2": "preprocess.captioners.generated:Florence2",
+    "qwen-vl": "preprocess.captioners.chat:QwenVL",
+    "joycaption": "preprocess.captioners.chat:JoyCaption",
+    "wd-tagger": "preprocess.captioners.tagger:WdTagger",
 }
 
 Write = Callable[[Sequence[Item], Sequence[Image.Image]], Sequence[str]]  # one caption for each item

@@ -62,11 +62,8 @@ class Clip:
     sees = True
 
     def __init__(self, options: CaptionModelArgs) -> None:
-        if options.prompt is not None:
-            raise PreprocessError(
-                "data.caption_model.prompt is for blip and florence2; clip reads a vocabulary instead"
-            )
-        self._place = model.find(options, str(SHIPPED), None, "clip")
+        model.check_used(options, "clip", {"vocabulary"})
+        self._place = model.find(options, str(SHIPPED), None, {"clip"})
         self._options = options
         self._vocabulary_file = _vocabulary_file(options, self._place)
         self._vocabulary = read_vocabulary(self._vocabulary_file)
@@ -96,7 +93,7 @@ class Clip:
             tokenizer: Any = AutoTokenizer.from_pretrained(**names)
         except (OSError, ValueError) as error:
             raise PreprocessError(f"the captioner's CLIP {self._place.base!r} cannot be loaded: {error}") from error
-        with model.on_device(clip, self._options.device) as clip:
+        with model.on_device(clip, model.device_of(self._options.device)) as clip:
             scale = float(clip.logit_scale.exp())
             picker = Picker(self._vocabulary, _text_encoder(clip, tokenizer), _SOFTNESS * scale)
 

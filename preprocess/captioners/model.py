@@ -1,4 +1,4 @@
-"""Where a captioner's model lies, what it is keyed by, and how it is given back."""
+"""A captioner's model: where it lies, what it is keyed by, on what it runs, and how it is given back."""
 
 from __future__ import annotations
 
@@ -6,16 +6,47 @@ import gc
 import hashlib
 import json
 import re
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from preprocess.types import PreprocessError
 from trainer.args import CaptionModelArgs
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HASHED = (".json", ".jinja", ".safetensors", ".txt", ".model", ".onnx", ".csv")
+
+# Options of data.caption_model that not every captioner uses, and which do.
+_FOR: Mapping[str, str] = {
+    "vocabulary": "clip",
+    "prompt": "blip, florence2, qwen-vl and joycaption",
+    "tokens": "captioners that write sentences",
+    "dtype": "blip, florence2, qwen-vl and joycaption",
+    "general_threshold": "wd-tagger",
+    "character_threshold": "wd-tagger",
+}
+
+# Generation that gives the same words each time.
+GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+
+
+class Named(Protocol):
+    """Options that name a model."""
+
+    @property
+    def base(self) -> str | None: ...
+    @property
+    def revision(self) -> str | None: ...
+
+
+def check_used(options: CaptionModelArgs, captioner: str, used: Collection[str]) -> None:
+    """Raises PreprocessError for an option that is given and does nothing with this captioner."""
+    given, untouched = options.model_dump(), CaptionModelArgs.model_validate({}).model_dump()
+    for name, owners in _FOR.items():
+        if name not in used and given[name] != untouched[name]:
+            raise PreprocessError(f"data.caption_model.{name} is for {owners}; {captioner} does not use it")
 
 
 @dataclass(frozen=True)
@@ -34,8 +65,18 @@ class Place:
         return f"{self.base}@{self.revision}" if self.folder is None else fingerprint(self.folder)
 
 
-def find(options: CaptionModelArgs, base: str, revision: str | None, model_type: str) -> Place:
+def find(
+    options: Named,
+    base: str,
+    revision: str | None,
+    model_types: Collection[str] | None,
+    section: str = "data.caption_model",
+) -> Place:
     """The model that the options name, or else the captioner's own `base` at `revision`.
+
+    Args:
+        model_types: what config.json of a folder may say; None where a model comes without one.
+        section: the options, as messages call them.
 
     Raises:
         PreprocessError: there is no such model, it is of another type, or a hub id has no revision.
@@ -47,31 +88,32 @@ def find(options: CaptionModelArgs, base: str, revision: str | None, model_type:
     if Path(base).is_dir():
         if options.revision is not None:
             raise PreprocessError(
-                f"data.caption_model.revision is {options.revision!r}, but {base!r} is a folder, which has no "
+                f"{section}.revision is {options.revision!r}, but {base!r} is a folder, which has no "
                 "revisions; leave it out"
             )
-        _check_type(Path(base), model_type)
+        if model_types is not None:
+            _check_type(Path(base), model_types, section)
         return Place(base, None)
     if not _HUB_ID.fullmatch(base):
-        raise PreprocessError(f"data.caption_model.base {base!r} is neither a folder nor a hub id (owner/name)")
+        raise PreprocessError(f"{section}.base {base!r} is neither a folder nor a hub id (owner/name)")
     if revision is None:
         raise PreprocessError(
-            f"data.caption_model.base {base!r} is no folder here, and a hub id needs data.caption_model.revision: "
+            f"{section}.base {base!r} is no folder here, and a hub id needs {section}.revision: "
             "the commit to take, so that captions can be repeated"
         )
     return Place(base, revision)
 
 
-def _check_type(folder: Path, expected: str) -> None:
+def _check_type(folder: Path, expected: Collection[str], section: str) -> None:
     try:
         config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PreprocessError(f"data.caption_model.base {str(folder)!r} has no config.json that can be read") from error
+        raise PreprocessError(f"{section}.base {str(folder)!r} has no config.json that can be read") from error
     found = cast(dict[str, Any], config).get("model_type") if isinstance(config, dict) else None
-    if found != expected:
+    if expected and found not in expected:
         raise PreprocessError(
-            f"data.caption_model.base {str(folder)!r} is a model of type {found!r}, and this captioner needs "
-            f"{expected!r}"
+            f"{section}.base {str(folder)!r} is a model of type {found!r}, and "
+            f"{' or '.join(repr(name) for name in expected)} is needed"
         )
 
 
@@ -79,15 +121,14 @@ def fingerprint(folder: Path) -> str:
     """sha256 over the names and contents of a model's files."""
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".txt", ".model"):
+        if path.is_file() and path.suffix in _HASHED:
             with path.open("rb") as file:
                 total.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 
 
-@contextmanager
-def on_device(model: Any, device: str) -> Generator[Any]:
-    """The model on `device`, for reading only; its memory is given back afterwards.
+def device_of(wanted: str, section: str = "data.caption_model") -> str:
+    """cpu, cuda or mps; what auto means here.
 
     Raises:
         PreprocessError: this machine has no such device.
@@ -95,12 +136,18 @@ def on_device(model: Any, device: str) -> Generator[Any]:
     import torch
 
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if have[name])
-    if not have[device]:
-        raise PreprocessError(
-            f"data.caption_model.device is {device}, which this machine does not have; use auto or cpu"
-        )
+    if wanted == "auto":
+        return next(name for name, there in have.items() if there)
+    if not have[wanted]:
+        raise PreprocessError(f"{section}.device is {wanted}, which this machine does not have; use auto or cpu")
+    return wanted
+
+
+@contextmanager
+def on_device(model: Any, device: str) -> Generator[Any]:
+    """The model on `device`, one of `device_of`, for reading only; its memory is given back afterwards."""
+    import torch
+
     model.eval().requires_grad_(False).to(device)
     try:
         with torch.inference_mode():
