@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from preprocess.captioners import CAPTIONERS, Captioner, Write
+from preprocess.captioners.fitting import Fitting
 from preprocess.captionfiles import tidy
 from preprocess.stagecache import StageKey, remembered_all
 from preprocess.types import Item, PreprocessError
@@ -63,6 +65,7 @@ def _written(captioner: Captioner, items: Sequence[Item], root: Path, data: Data
         folder = RunDir(root).cache / "captions"
         key = StageKey(f"caption {data.captioner}", captioner.version, captioner.parameters() if items else {})
         write: Write | None = None
+        fitting = Fitting(data.caption_model.batch_size)
 
         def make(part: Sequence[Item]) -> Callable[[list[int]], Sequence[str]]:
             def missing(indices: list[int]) -> Sequence[str]:
@@ -71,7 +74,7 @@ def _written(captioner: Captioner, items: Sequence[Item], root: Path, data: Data
                     _log.info("%s looks at the pictures without a caption", data.captioner)
                     write = stack.enter_context(captioner.loaded())
                 absent = [part[i] for i in indices]
-                return write(absent, [_small(root / item.file, data.caption_model.side) for item in absent])
+                return fitting(len(absent), partial(_shown, write, absent, root, data.caption_model.side))
 
             return missing
 
@@ -80,6 +83,10 @@ def _written(captioner: Captioner, items: Sequence[Item], root: Path, data: Data
             part = items[start : start + data.caption_model.batch_size]
             captions += remembered_all(folder, [(item.name, key.of(item.sha256)) for item in part], make(part))
         return captions
+
+
+def _shown(write: Write, items: Sequence[Item], root: Path, side: int, part: slice) -> Sequence[str]:
+    return write(items[part], [_small(root / item.file, side) for item in items[part]])
 
 
 def _small(path: Path, side: int) -> Image.Image:

@@ -7,7 +7,7 @@ answer that `data.caption_model.tokens` cuts off ends with its last whole senten
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -168,11 +168,11 @@ def _templated(of: Any, chat: list[dict[str, Any]], picture: str) -> str:
     """
     if not of.chat_template:
         raise PreprocessError("the captioner's model has no chat template, so it cannot be asked; take another")
-    from jinja2 import TemplateError
-
     try:
         text = of.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError) as error:
+    except Exception as error:
+        if not isinstance(error, TypeError) and type(error).__module__.partition(".")[0] != "jinja2":
+            raise
         raise PreprocessError(f"the captioner's chat template cannot be used: {error}") from error
     if text.count(picture) != 1:
         raise PreprocessError(
@@ -182,7 +182,7 @@ def _templated(of: Any, chat: list[dict[str, Any]], picture: str) -> str:
     return text
 
 
-def _stops(network: Any) -> Collection[int]:
+def _stops(network: Any) -> set[int]:
     ends = network.generation_config.eos_token_id
     return set(ends if isinstance(ends, list) else [ends])
 
