@@ -21,8 +21,10 @@ from preprocess.picture import looks_like_picture
 from preprocess.types import Limits, PictureError, PreprocessError, SourceFile
 from preprocess.unpack import Kind, has_zip, kind, unpacked
 
-__all__ = ["SourceFile", "in_memory", "named", "opened", "shown_all"]
+__all__ = ["LEFT_OUT", "SourceFile", "in_memory", "kept", "named", "opened", "shown_all"]
 
+LEFT_OUT = "?***"  # behind a URL that was kept without its query
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*?(?=\"\s*[,\]]|\s*\||\s*$)", re.DOTALL)
 _JUNK = {"thumbs.db", "desktop.ini"}
 _SIDECARS = (".txt", ".caption", ".mask.png")
 _KNOWN = "give a folder, a picture, a .zip, a .tar (also .gz, .bz2, .xz, .zst), or an http(s) URL of one"
@@ -118,7 +120,13 @@ def _refused(why: str) -> bytes:
 
 def shown_all(source: str) -> str:
     """`source` as it may be shown and logged: without passwords and queries of URLs, which may be keys."""
-    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^|\"\s]*", lambda url: shown(url[0]), source)
+    return _URL.sub(lambda url: shown(url[0]), source)
+
+
+def kept(source: str) -> str:
+    """`source` as it may be kept in files: where a URL had a password or a query there is a mark, so that nobody takes
+    the rest for the whole. `opened` knows it."""
+    return _URL.sub(lambda url: url[0] if shown(url[0]) == url[0] else shown(url[0]) + LEFT_OUT, source)
 
 
 def _exists(source: str) -> bool:
@@ -142,6 +150,11 @@ def _folders(sources: list[str]) -> list[str]:
 
 def _files(source: str, opening: _Opening) -> list[SourceFile]:
     if is_url(source):
+        if source.endswith(LEFT_OUT):
+            raise PreprocessError(
+                f"data.source {shown(source)} was kept without its query, which may be a key: give the whole address "
+                "again as --data.source"
+            )
         got = download(source, opening.limits, private=opening.private, scratch=opening.scratch)
         file = opening.stack.enter_context(got.file)
         files = _contents(file, shown(source), opening)

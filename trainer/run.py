@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import preprocess
+from preprocess import source
 from preprocess.captioners import CAPTIONERS
 from trainer import cache, checkpoint, concepts, console, environment, export, mixture, optim, registry, report
 from trainer.adapters import ADAPTERS
@@ -116,7 +117,7 @@ def opened(args: TrainArgs, *, code: bool = True) -> Generator[Session]:
         run_dir = RunDir.create(root)
         try:
             with console.logged(run_dir.log):
-                atomic_write(run_dir.args, _json(args.model_dump(mode="json")))
+                atomic_write(run_dir.args, _json(_kept(args).model_dump(mode="json")))
                 session = _session(args, run_dir, family, engine, parts)
                 with _closing(session):
                     yield session
@@ -140,7 +141,7 @@ def resumed(root: Path, args: TrainArgs | None = None, *, code: bool = True) -> 
     run_dir = RunDir.open(root)
     saved = TrainArgs.model_validate_json(run_dir.args.read_text(encoding="utf-8"))
     args = _located(args or saved)
-    _check_same(saved, args, root)
+    _check_same(saved, _kept(args), root)
     parts = _parts(args, code=code)
     with _ready(args, parts) as (family, engine), console.logged(run_dir.log):
         session = _session(args, run_dir, family, engine, parts)
@@ -176,6 +177,11 @@ def _located(args: TrainArgs) -> TrainArgs:
             "model": args.model.model_copy(update={"base": environment.located(args.model.base), "config": config}),
         }
     )
+
+
+def _kept(args: TrainArgs) -> TrainArgs:
+    """The tree as files may hold it: a URL's query may be a key. What was read with it is in the run's own cache."""
+    return args.model_copy(update={"data": args.data.model_copy(update={"source": source.kept(args.data.source)})})
 
 
 def _nearby(data: DataArgs) -> CaptionModelArgs:
@@ -229,7 +235,7 @@ def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engi
         sides = args.data.resolution or (family.resolution,)
         preprocess.build(args.data.source, run_dir.root, args.data, sides, family.bucket_step)
     items = read_manifest(run_dir.dataset)
-    args = resolve(args, family, items)
+    args = resolve(_kept(args), family, items)
     atomic_write(run_dir.args, _json(args.model_dump(mode="json")))
     newest = run_dir.newest_checkpoint()
     start = newest[0] if newest else 0
