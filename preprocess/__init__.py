@@ -90,10 +90,14 @@ def _made(
         found, copies = dedupe.deduped(found, out_dir, bits=bits, crew=crew)
         _refuse_copies(found, copies)
         skipped += copies
+    if not crew.share.first:
+        crew.share.barrier()  # models run on the first process alone; the others find in the cache what it found
     told = captions.captioned(trigger.assigned(found, data), out_dir, data)
     untriggered = [item.source for item in told if not trigger.named(item.caption, item.trigger)]
     captioned = trigger.triggered(told, data)
     masked, notes = masks.masked(captioned, out_dir, data.mask) if data.masks else (captioned, [])
+    if crew.share.first:
+        crew.share.barrier()
     items = tuple(buckets.bucketed(item, *allowed) for item in masked)
     if data.crop == "mask":
         items = buckets.focused(items, out_dir, crew)

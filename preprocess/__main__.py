@@ -2,6 +2,7 @@
 
     python -m preprocess SOURCE --out DIR [--dry-run] [--option value ...]
     python -m preprocess clean DIR --stage NAME
+    torchrun --nproc_per_node N -m preprocess SOURCE --out DIR    each of N processes decodes its share
 
 Exit status: 0; 2 when the source or an option cannot be used; 1 when the disk fails, or a dry run finds problems.
 """
@@ -13,12 +14,13 @@ import logging
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from preprocess import PreprocessError, Report, build
 from preprocess.clean import STAGES, clean
 from preprocess.survey import survey
-from trainer import cli
+from trainer import cli, console, ranks
 from trainer.args import DataArgs, RuntimeArgs
 from trainer.registry import PartError
 from trainer.rundir import RunDir, RunDirError
@@ -30,11 +32,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Does what the command line says; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _clean(words[1:]) if words[:1] == ["clean"] else _build(words)
+        with ranks.joined() as here:
+            return _answered(words, here)
+    except ranks.RanksError as error:
+        print(f"preprocess: {error}", file=sys.stderr)
+        return 1
+
+
+def _answered(words: list[str], here: ranks.Ranks) -> int:
+    try:
+        if here.processes == 1:
+            return _clean(words[1:]) if words[:1] == ["clean"] else _build(words, here)
+        if words[:1] == ["clean"] or "--dry-run" in words:
+            raise cli.CommandError("clean and --dry-run need one process: start them without the launcher")
+        return _build(words, here)
+    except ranks.OtherFailed as other:  # which says why
+        return other.status
     except (PreprocessError, RunDirError, PartError, cli.CommandError) as error:
-        for line in str(error).splitlines():
-            print(f"preprocess: {line}", file=sys.stderr)
+        if here.fails(2):
+            for line in str(error).splitlines():
+                print(f"preprocess: {line}", file=sys.stderr)
         return 2
+    except ranks.RanksError as error:
+        if here.fails(1):
+            print(f"preprocess: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build(words: list[str]) -> int:
+def _build(words: list[str], here: ranks.Ranks) -> int:
     options, rest = _parser().parse_known_args(words)
     data = _data(options.source, [*rest, f"--resolution={options.resolution}"])
     if options.step < 1:
@@ -75,15 +97,20 @@ def _build(words: list[str]) -> int:
             return _told(build(options.source, Path(scratch), data, data.resolution, options.step), data)
     if options.out is None:
         raise cli.CommandError("--out is missing: give the folder that the dataset is made in, or --dry-run")
-    logging.basicConfig(stream=sys.stdout, format="%(message)s")
-    logging.getLogger("preprocess").setLevel(logging.INFO)
-    _claimed(options.out)
+    if here.first:
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        logging.getLogger("preprocess").setLevel(logging.INFO)
+        _claimed(options.out)
+    here.barrier()
     try:
-        report = build(options.source, options.out, data, data.resolution, options.step)
+        with nullcontext() if here.first else console.silent():
+            report = build(options.source, options.out, data, data.resolution, options.step, share=here.share)
     except OSError as error:
-        print(f"preprocess: {options.out} cannot be written: {error}", file=sys.stderr)
+        if here.fails(1):
+            print(f"preprocess: {options.out} cannot be written: {error}", file=sys.stderr)
         return 1
-    _show(report, options.out)
+    if here.first:
+        _show(report, options.out)
     return 0
 
 

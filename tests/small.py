@@ -128,6 +128,12 @@ class CPU:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def gathered(self, rows: Sequence[Any]) -> Sequence[Any]:
+        return rows
+
+    def average(self, parameters: Sequence[Any]) -> None:
+        """Of one process."""
+
 
 def items(sizes: Sequence[tuple[int, int]]) -> list[Item]:
     """One picture of each bucket size, named p0, p1, ..."""

@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 # docs/architecture.md.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer", "trainer.args", "trainer.types", "trainer.path", "trainer.registry", "trainer.rundir", "trainer.seed",
-     "trainer.cli", "trainer.console", "trainer.extras", "trainer.progress", "trainer.share"),
+     "trainer.cli", "trainer.console", "trainer.extras", "trainer.progress", "trainer.share", "trainer.ranks"),
     ("trainer.models", "trainer.adapters", "trainer.objectives", "trainer.optim", "trainer.dataset", "trainer.cache",
      "trainer.mixture",
     "trainer.concepts",
      "preprocess"),
-    ("trainer.checkpoint", "trainer.export", "trainer.sampler", "trainer.environment"),
+    ("trainer.checkpoint", "trainer.export", "trainer.sampler", "trainer.environment", "trainer.engine"),
     ("trainer.loop", "trainer.report"),
     ("trainer.hooks",),
     ("trainer.run", "trainer.generate"),
@@ -42,6 +42,7 @@ NO_TORCH = (
     "trainer.cli",
     "trainer.share",
     "trainer.progress",
+    "trainer.ranks",
     "preprocess",
 )
 LONGEST_FUNCTION = 90  # lines; 3-40 are usual

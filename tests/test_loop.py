@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,15 @@ def test_accumulated_gradients_are_the_mean_over_the_micros() -> None:
 
 
 class Ranked(CPU):
-    """One of two processes."""
+    """One of two processes, of which the other has the same losses."""
 
     processes = 2
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
+
+    def gathered(self, rows: Sequence[Any]) -> Sequence[Any]:
+        return [row for row in rows for _ in range(2)]
 
 
 def test_every_micro_of_every_process_draws_its_own_numbers_and_the_same_ones_again() -> None:

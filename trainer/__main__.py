@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from trainer import cli, console
+from trainer import cli, console, ranks
 from trainer.registry import PartError
 from trainer.rundir import RunDir, RunDirError
 
@@ -31,45 +32,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains as the command line says; the exit status."""
     try:
         command = cli.parse(sys.argv[1:] if argv is None else argv)
+        alone, first = ranks.launched()[1] == 1, ranks.launched()[0] == 0
         if command.print_args:
-            print(_printed(command))
+            if first:
+                print(_printed(command))
             return 0
-    except (cli.CommandError, RunDirError) as error:
-        return _said(error, BAD_INPUT)
-    with console.shown(), _Stop() as stop:
-        try:
-            return _train(command, stop)
-        except KeyboardInterrupt:
-            print("stopped; nothing newer than the last checkpoint was kept", file=sys.stderr)
-            return STOPPED
+        if command.dry_run and not alone:
+            raise cli.CommandError("--dry-run measures one process: start it without the launcher")
+    except (cli.CommandError, RunDirError, ranks.RanksError) as error:
+        return _said(error, BAD_INPUT) if os.environ.get("RANK", "0") == "0" else BAD_INPUT
+    try:
+        with (
+            ranks.joined() as here,
+            console.shown() if here.first else console.silent(),
+            _Stop(here) as stop,
+        ):
+            try:
+                return _train(command, stop, here)
+            except KeyboardInterrupt:
+                if here.fails(STOPPED):
+                    print("stopped; nothing newer than the last checkpoint was kept", file=sys.stderr)
+                return STOPPED
+            except ranks.OtherFailed as other:  # which says why
+                return other.status
+    except ranks.RanksError as error:
+        return _said(error, FAILED)
 
 
-def _train(command: cli.Command, stop: _Stop) -> int:
-    console.hush_libraries()
+def _train(command: cli.Command, stop: _Stop, here: ranks.Ranks) -> int:
+    console.hush_libraries(bars=here.first)
     from preprocess import PreprocessError  # after --help and the args: these imports take seconds
     from trainer.checkpoint import CheckpointError
     from trainer.dataset import DatasetError
     from trainer.export import ExportError
+    from trainer.hooks.checkpoints import Drifted
     from trainer.loop import NonFiniteLoss
     from trainer.run import RunError
     from trainer.types import BaseModelError
 
     where = command.resume
+
+    def said(error: Exception, status: int, where: Path | None = None) -> int:
+        return _said(error, status, where) if here.fails(status) else status
+
     try:
         if command.dry_run:
             return _rehearsed(command)
-        with _session(command) as session:
+        with _session(command, here) as session:
             where = session.dir.root
             return _follow(session, stop)
     except (RunDirError, RunError, BaseModelError, PreprocessError, DatasetError, PartError) as error:
-        return _said(error, BAD_INPUT)
-    except (NonFiniteLoss, CheckpointError, ExportError) as error:
-        return _said(error, FAILED, where)
+        return said(error, BAD_INPUT)
+    except (NonFiniteLoss, CheckpointError, ExportError, Drifted, ranks.RanksError) as error:
+        return said(error, FAILED, where)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         at = f" while {error.filename} was written" if error.filename else ""
-        return _said(OSError(f"the disk is full{at}; make room"), FAILED, where)
+        return said(OSError(f"the disk is full{at}; make room"), FAILED, where)
 
 
 def _rehearsed(command: cli.Command) -> int:
@@ -81,32 +101,35 @@ def _rehearsed(command: cli.Command) -> int:
     return FAILED if found.problems else 0
 
 
-def _session(command: cli.Command) -> AbstractContextManager[Session]:
+def _session(command: cli.Command, here: ranks.Ranks) -> AbstractContextManager[Session]:
     from trainer import run
 
     if command.resume is not None:
-        return run.resumed(command.resume, command.args)
+        return run.resumed(command.resume, command.args, here=here)
     assert command.args is not None  # only a plain --resume has none
-    return run.opened(command.args)
+    return run.opened(command.args, here=here)
 
 
 def _follow(session: Session, stop: _Stop) -> int:
     """Consumes the steps; a wish to stop is granted between two of them."""
     for step in session.steps():
         stop.at_once = step.step == session.run.steps  # its checkpoint is written, and what follows can be redone
-        if stop.asked:
-            print(f"stopped at step {step.step}: {session.checkpoint(step.step)}", file=sys.stderr)
-            print(f"continue with: python train.py --resume {session.dir.root}", file=sys.stderr)
+        if session.agreed(stop.asked):
+            path = session.checkpoint(step.step)
+            if session.here.first:
+                print(f"stopped at step {step.step}: {path}", file=sys.stderr)
+                print(f"continue with: python train.py --resume {session.dir.root}", file=sys.stderr)
             return STOPPED
-    print(f"grid    {session.dir.grid}\nreport  {session.dir.report}\nfiles   {session.dir.export}")
+    if session.here.first:
+        print(f"grid    {session.dir.grid}\nreport  {session.dir.report}\nfiles   {session.dir.export}")
     return 0
 
 
 class _Stop:
     """Ctrl-C and SIGTERM: asked for once, granted between updates; asked for twice, or outside updates, at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, here: ranks.Ranks) -> None:
+        self.asked, self._here = False, here
         self.at_once = True  # until the first update is done there is nothing to save
 
     def __enter__(self) -> _Stop:
@@ -123,7 +146,9 @@ class _Stop:
         if self.asked or self.at_once:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this update; once more to stop at once", file=sys.stderr)
+        self._here.stopping()
+        if self._here.first:
+            print("\nstopping after this update; once more to stop at once", file=sys.stderr)
 
 
 def _said(error: Exception, status: int, where: Path | None = None) -> int:

@@ -24,13 +24,16 @@ class _Console(logging.StreamHandler[Any]):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def hush_libraries() -> None:
+def hush_libraries(*, bars: bool = True) -> None:
     """Silences what libraries note about parts that are not used here; their errors still show.
 
-    Called by doors, before the libraries are imported: they read the environment then.
+    Called by doors, before the libraries are imported: they read the environment then. Without `bars` they draw no
+    progress either.
     """
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("xformers").setLevel(logging.ERROR)  # its kernels are optional: attention is torch's own
 
 
@@ -49,6 +52,20 @@ def shown() -> Generator[None]:
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
+
+
+@contextmanager
+def silent() -> Generator[None]:
+    """Inside, the log is nowhere, nor are bars: another process shows them."""
+    loggers = [logging.getLogger(name) for name in NAMES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class _LogFile(logging.FileHandler):

@@ -21,7 +21,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safeten
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def describe(family: ModelFamily, device: torch.device) -> dict[str, Any]:
+def describe(family: ModelFamily, device: torch.device, processes: int = 1) -> dict[str, Any]:
     """Facts as JSON, with no path and no name of a user in them."""
     return {
         "python": platform.python_version(),
@@ -30,31 +30,51 @@ def describe(family: ModelFamily, device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "git": _git(),
         "base": base_digests(family),
     }
 
 
-def record(path: Path, family: ModelFamily, device: torch.device, start: int) -> None:
-    """env.json of the first process; each later one joins its list, once the base has proved the same.
+def record(path: Path, family: ModelFamily, device: torch.device, start: int, processes: int = 1) -> None:
+    """env.json of the first launch; each later one joins its list, once the base has proved the same.
 
     Raises:
         BaseModelError: the base has other weights than when the run began.
     """
-    now = describe(family, device)
     if not path.is_file():
-        atomic_write(path, json.dumps({**now, "resumed": []}, indent=2) + "\n")
+        atomic_write(path, json.dumps({**describe(family, device, processes), "resumed": []}, indent=2) + "\n")
         return
-    first: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    other = [part for part, value in now["base"].items() if first["base"].get(part) != value]
-    if other:
-        raise BaseModelError(
-            f"the base has changed since this run began ({', '.join(other)} differ); give it the same base"
-        )
+    check(path, family)
+    now = describe(family, device, processes)
+    first = _read(path)
     if first["packages"] != now["packages"]:
         log.warning("other package versions than when this run began: results can differ in their last bits")
     first["resumed"].append({**now, "step": start})
     atomic_write(path, json.dumps(first, indent=2) + "\n")
+
+
+def check(path: Path, family: ModelFamily) -> None:
+    """Refuses a base with other weights than env.json records.
+
+    Raises:
+        BaseModelError: as above.
+    """
+    first = _read(path)["base"]
+    other = [part for part, value in base_digests(family).items() if first.get(part) != value]
+    if other:
+        raise BaseModelError(
+            f"the base has changed since this run began ({', '.join(other)} differ); give it the same base"
+        )
+
+
+def processes(path: Path) -> int | None:
+    """How many processes made the run of this env.json; None while there is no such file."""
+    return _read(path).get("processes", 1) if path.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def base_digests(family: ModelFamily) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The training loop: a generator that makes one optimizer update for each Step it yields.
 
 Words: a *step* is one optimizer update, a *micro* one forward and backward; `update` counts finished updates.
-Everything random is seeded from (seed, update, micro, rank), so a run resumed at `start` goes on bit for bit.
+Everything random is seeded from (seed, update, micro, rank), so a run resumed at `start` goes on bit for bit. The
+micros of N processes are those of one process that accumulates N times as many: the same pictures, the same draws.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,13 @@ class Engine(Protocol):
 
     def autocast(self) -> AbstractContextManager[object]: ...
     def backward(self, loss: Tensor) -> None: ...
+    def gathered(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """The rows of all processes: everybody's first, then everybody's second."""
+        ...
+
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Makes the gradients of each process the mean over all."""
+        ...
 
 
 @dataclass
@@ -76,7 +84,12 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
         hook.on_start(run)
     for update in range(start, run.steps):
         began = time.perf_counter()
-        micros = [_micro(run, update, micro) for micro in range(run.accumulate)]
+        own = [_micro(run, update, micro) for micro in range(run.accumulate)]
+        micros = [_Micro(*row) for row in run.engine.gathered(own)]
+        for micro in micros:
+            if not math.isfinite(micro.loss):
+                raise NonFiniteLoss("the loss", update + 1, micro.names)
+        run.engine.average([parameter for named in run.components.values() for _, parameter in named])
         extra = {key: value for hook in run.hooks for key, value in hook.on_gradients(run, update).items()}
         norms = {component: _clip(run, component) for component in run.components}
         names = [name for micro in micros for name in micro.names]
@@ -89,7 +102,7 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
             optimizer.zero_grad(set_to_none=True)
         step = Step(
             step=update + 1,
-            images=len(names) * run.engine.processes,
+            images=len(names),
             loss=sum(micro.loss for micro in micros) / len(micros),
             terms={key: sum(micro.terms[key] for micro in micros) / len(micros) for key in micros[0].terms},
             grad_norm=norms,
@@ -104,18 +117,18 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
         hook.on_end(run)
 
 
-@dataclass(frozen=True)
-class _Micro:
+class _Micro(NamedTuple):
     loss: float
     terms: Mapping[str, float]
-    names: tuple[str, ...]
+    names: Sequence[str]
 
 
 def _micro(run: Run, update: int, micro: int) -> _Micro:
-    """One forward and backward; its gradients are added to what the parameters hold."""
+    """One forward and backward; its gradients are added to what the parameters hold, if its loss is finite."""
     engine = run.engine
-    samples = run.dataset.micro((update * run.accumulate + micro) * engine.processes + engine.rank)
-    seed = derive(run.seed, "micro", update, micro, engine.rank)
+    turn = micro * engine.processes + engine.rank  # among the micros of all processes for this update
+    samples = run.dataset.micro(update * run.accumulate * engine.processes + turn)
+    seed = derive(run.seed, "micro", update, turn, 0)
     torch.manual_seed(seed)  # for layers that draw, such as an adapter's dropout
     with engine.autocast():
         batch = Batch(
@@ -131,9 +144,8 @@ def _micro(run: Run, update: int, micro: int) -> _Micro:
         penalties = [penalty for adapter in run.adapters if (penalty := adapter.penalty()) is not None]
     total = torch.stack([loss.total, *penalties]).sum() if penalties else loss.total
     value = total.item()
-    if not math.isfinite(value):
-        raise NonFiniteLoss("the loss", update + 1, samples.names)
-    engine.backward(total / run.accumulate)
+    if math.isfinite(value):
+        engine.backward(total / run.accumulate)
     terms = {key: term.item() for key, term in loss.terms.items()}
     if penalties:
         terms["penalty"] = value - loss.total.item()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import console
+from trainer.ranks import launched
 from trainer.registry import PartError
 from trainer.rundir import RunDirError
 
@@ -58,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             made.error(f"--{name} is {value}, and must be 1 or more")
     if options.seed < 0:
         made.error(f"--seed is {options.seed}, and must be 0 or more")
+    rank, processes = launched()
+    if processes > 1:
+        said = "predict.py: error: one process draws the pictures: start it without the launcher\n"
+        made.exit(2, said if rank == 0 else "")
     console.hush_libraries()
     from trainer.generate import GenerateError
     from trainer.types import BaseModelError

@@ -72,7 +72,8 @@ class Progress(AbstractContextManager["Progress"]):
             _log.info("%s", (line or self.line)())
 
     def _show(self, done: int) -> None:
-        if self._bar is None and sys.stderr.isatty() and self._start < self.total:
+        seen = sys.stderr.isatty() and _log.isEnabledFor(logging.CRITICAL)  # a log that is silenced has no bar
+        if self._bar is None and seen and self._start < self.total:
             self._bar = tqdm(total=self.total, initial=done, unit=self.unit, desc=self.what, smoothing=0.05)
 
     def close(self) -> None:

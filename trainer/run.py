@@ -6,15 +6,13 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import Tensor
 
 import preprocess
 from preprocess import source
@@ -22,59 +20,25 @@ from preprocess.captioners import CAPTIONERS
 from trainer import cache, checkpoint, concepts, console, environment, export, mixture, optim, registry, report
 from trainer.adapters import ADAPTERS
 from trainer.adapters.textual_inversion import TextualInversion
-from trainer.args import CaptionModelArgs, DataArgs, RuntimeArgs, TrainArgs
+from trainer.args import CaptionModelArgs, DataArgs, TrainArgs
 from trainer.dataset import Dataset, Item, Tags, load_mask, load_pixels, read_manifest
+from trainer.engine import Engine, EngineError
 from trainer.hooks import HOOKS, Context, Hook
 from trainer.hooks.checkpoints import Checkpoints, digest, fixed
 from trainer.loop import Run, train
 from trainer.models import FAMILIES
 from trainer.objectives import OBJECTIVES
+from trainer.ranks import Ranks
 from trainer.rundir import RunDir, atomic_write
 from trainer.types import Adapter, Cond, ModelFamily, Predict, Step
 
 log = logging.getLogger(__name__)
 
 STANDARD_HOOKS = ("qk_gradients", "metrics", "checkpoints", "samples", "progress")
-FP16_LOSS_SCALE = 1024.0
 
 
 class RunError(ValueError):
     """Args that contradict the base, the machine or the run that they should continue. One sentence."""
-
-
-class Engine:
-    """Accelerate, as the loop sees it: device, precision, backward."""
-
-    def __init__(self, runtime: RuntimeArgs, dtype: str) -> None:
-        _check_device(runtime.device)
-        if runtime.threads is not None:
-            torch.set_num_threads(runtime.threads)
-        mixed = "bf16" if dtype == "bf16" else "no"
-        self._accelerator = Accelerator(mixed_precision=mixed, cpu=runtime.device == "cpu")
-        self.device: torch.device = self._accelerator.device
-        self.rank: int = self._accelerator.process_index
-        self.processes: int = self._accelerator.num_processes
-        if self.processes > 1:
-            raise RunError(f"this was started as {self.processes} processes; train with one")
-        self._scale = FP16_LOSS_SCALE if dtype == "fp16" else 1.0
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return self._accelerator.autocast()
-
-    def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss * self._scale)
-
-    def release(self) -> None:
-        """Accelerate keeps its choice of device and precision for the process, which would bind the next run."""
-        AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
-
-    def watch(self, parameter: nn.Parameter) -> None:
-        """With fp16 weights small gradients would vanish on their way: they travel scaled and arrive unscaled."""
-        if self._scale != 1.0:
-            parameter.register_hook(self._unscaled)
-
-    def _unscaled(self, gradient: Tensor) -> Tensor:
-        return gradient / self._scale
 
 
 @dataclass
@@ -85,10 +49,20 @@ class Session:
     dir: RunDir
     run: Run
     start: int  # updates done before
+    here: Ranks
 
     def steps(self) -> Iterator[Step]:
-        """Yields after each update; then the sample rows, the exports and the report are made."""
+        """Yields after each update, on every process; then the first makes the sample rows, exports and report."""
         yield from train(self.run, self.start)
+        if self.here.first:
+            self._finish()
+        self.here.barrier()
+
+    def agreed(self, wish: bool) -> bool:
+        """Whether any process wishes it: asked by all of them between the same two updates."""
+        return any(self.here.gathered([wish]))
+
+    def _finish(self) -> None:
         files = export.export(self.dir.export, self.args.runtime.name, self.run.family, self.run.adapters, self.args)
         report.write(self.dir)
         log.info("done: %s", ", ".join(str(path) for path in [*files, self.dir.report]))
@@ -99,11 +73,12 @@ class Session:
 
 
 @contextmanager
-def opened(args: TrainArgs, *, code: bool = True) -> Generator[Session]:
+def opened(args: TrainArgs, *, code: bool = True, here: Ranks | None = None) -> Generator[Session]:
     """A new run, ready to train. Its directory is made here and never overwritten.
 
     Args:
         code: False refuses specs that would import code that the args chose.
+        here: this process among several that all open the run, and of which the first writes.
 
     Raises:
         RunDirError, RunError, BaseModelError, PreprocessError, PartError: bad input; nothing is left behind.
@@ -113,37 +88,45 @@ def opened(args: TrainArgs, *, code: bool = True) -> Generator[Session]:
     if root.exists():
         RunDir.create(root)  # refuses, before a model is loaded
     parts = _parts(args, code=code)
-    with _ready(args, parts) as (family, engine):
-        run_dir = RunDir.create(root)
+    with _ready(args, parts, here or Ranks()) as (family, engine):
+        engine.here.barrier()  # all have seen that the name is free
+        run_dir = RunDir.create(root) if engine.here.first else RunDir(root)
         try:
-            with console.logged(run_dir.log):
-                atomic_write(run_dir.args, _json(_kept(args).model_dump(mode="json")))
+            with _logged(run_dir, engine.here):
+                if engine.here.first:
+                    atomic_write(run_dir.args, _json(_kept(args).model_dump(mode="json")))
                 session = _session(args, run_dir, family, engine, parts)
                 with _closing(session):
                     yield session
         except BaseException:
-            if not run_dir.env.exists():  # nothing was trained: the name is free again once the input is right
+            if engine.here.first and not run_dir.env.exists():  # nothing was trained: the name is free again
                 shutil.rmtree(root, ignore_errors=True)
             raise
 
 
 @contextmanager
-def resumed(root: Path, args: TrainArgs | None = None, *, code: bool = True) -> Generator[Session]:
+def resumed(
+    root: Path, args: TrainArgs | None = None, *, code: bool = True, here: Ranks | None = None
+) -> Generator[Session]:
     """The run in `root`, continued from its newest complete checkpoint (from the start if there is none).
 
     Args:
         args: what the run's own args were changed to; None changes nothing.
+        here: as for `opened`.
 
     Raises:
         RunDirError: `root` holds no run.
-        RunError: args differ in an option that a run cannot change, or the base is another one now.
+        RunError: args differ in an option that a run cannot change, or the base is another one now, or it was begun
+            by another number of processes.
     """
     run_dir = RunDir.open(root)
     saved = TrainArgs.model_validate_json(run_dir.args.read_text(encoding="utf-8"))
     args = _located(args or saved)
+    here = here or Ranks()
     _check_same(saved, _kept(args), root)
+    _check_processes(run_dir, here.processes)
     parts = _parts(args, code=code)
-    with _ready(args, parts) as (family, engine), console.logged(run_dir.log):
+    with _ready(args, parts, here) as (family, engine), _logged(run_dir, here):
         session = _session(args, run_dir, family, engine, parts)
         with _closing(session):
             yield session
@@ -221,9 +204,12 @@ def _parts(args: TrainArgs, *, code: bool) -> _Parts:
 
 
 @contextmanager
-def _ready(args: TrainArgs, parts: _Parts) -> Generator[tuple[ModelFamily, Engine]]:
+def _ready(args: TrainArgs, parts: _Parts, here: Ranks) -> Generator[tuple[ModelFamily, Engine]]:
     """The machine and the base, which are checked before anything is written."""
-    engine = Engine(args.runtime, args.model.dtype)
+    try:
+        engine = Engine(args.runtime, args.model.dtype, here)
+    except EngineError as error:
+        raise RunError(str(error)) from error
     try:
         yield parts.family.load(args.model, engine.device), engine
     finally:
@@ -231,21 +217,34 @@ def _ready(args: TrainArgs, parts: _Parts) -> Generator[tuple[ModelFamily, Engin
 
 
 def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engine, parts: _Parts) -> Session:
-    if not run_dir.dataset.exists():  # it is written last, so it is there whole or not at all
+    here = engine.here
+    missing = not run_dir.dataset.exists()  # it is written last, so it is there whole or not at all
+    here.barrier()  # all have looked
+    if missing:
         sides = args.data.resolution or (family.resolution,)
-        preprocess.build(args.data.source, run_dir.root, args.data, sides, family.bucket_step)
+        data, root = args.data, run_dir.root
+        preprocess.build(data.source, root, data, sides, family.bucket_step, share=here.share)
     items = read_manifest(run_dir.dataset)
     args = resolve(_kept(args), family, items)
-    atomic_write(run_dir.args, _json(args.model_dump(mode="json")))
+    if here.first:
+        atomic_write(run_dir.args, _json(args.model_dump(mode="json")))
     newest = run_dir.newest_checkpoint()
-    start = newest[0] if newest else 0
+    start: int = engine.gathered([newest[0] if newest else 0])[0]
     context = Context(run_dir, args, start, tuple(str(item.file) for item in concepts.in_turn(items)))
     run = _run(context, family, engine, items, parts)
-    environment.record(run_dir.env, family, engine.device, start)
-    if newest:
-        checkpoint.load(newest[1], run.adapters, run.optimizers, digest(args))
-    log.info("%s: %d pictures, step %d of %d, on %s", run_dir.root, len(items), start, run.steps, engine.device)
-    return Session(args, run_dir, run, start)
+    if here.first:
+        environment.record(run_dir.env, family, engine.device, start, here.processes)
+    here.barrier()
+    environment.check(run_dir.env, family)
+    if start:
+        checkpoint.load(run_dir.checkpoint(start), run.adapters, run.optimizers, digest(args))
+    engine.equalise([parameter for named in run.components.values() for _, parameter in named])
+    log.info("%s: %d pictures, step %d of %d, on %s", run_dir.root, len(items), start, run.steps, _where(engine))
+    return Session(args, run_dir, run, start, here)
+
+
+def _where(engine: Engine) -> str:
+    return f"{engine.processes} processes, {engine.device}" if engine.processes > 1 else str(engine.device)
 
 
 def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[Item], parts: _Parts) -> Run:
@@ -256,7 +255,7 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
         objective = parts.objective(args.objective, family.path, _frozen(family, adapters))
     except ValueError as error:
         raise RunError(str(error)) from error
-    dataset = _dataset(args, run_dir, family, engine.device, items)  # before an adapter is attached
+    dataset = _dataset(args, run_dir, family, engine.device, items, engine.here)  # before an adapter is attached
     try:
         components = {adapter.component: adapter.attach(family) for adapter in adapters}
     except ValueError as error:
@@ -274,7 +273,7 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
         dataset=dataset,
         objective=objective,
         encode=_encode(args, run_dir, family, engine.device),
-        hooks=[hook(context) for hook in parts.hooks],
+        hooks=[hook(context) for hook in parts.hooks if engine.here.first or hook.everywhere],
         steps=args.runtime.steps,
         accumulate=args.runtime.accumulate,
         max_grad_norm=args.optim.max_grad_norm,
@@ -284,10 +283,21 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
 
 
 def _dataset(
-    args: TrainArgs, run_dir: RunDir, family: ModelFamily, device: torch.device, items: Sequence[Item]
+    args: TrainArgs,
+    run_dir: RunDir,
+    family: ModelFamily,
+    device: torch.device,
+    items: Sequence[Item],
+    here: Ranks,
 ) -> Dataset:
     def latents(*, mirrored: bool) -> Mapping[str, Tensor]:
-        return cache.cache_latents(run_dir.cache / "latents", items, family, load_pixels, device, mirrored=mirrored)
+        folder = run_dir.cache / "latents"
+        if not here.first:
+            here.barrier()  # the first encodes, the others read
+        found = cache.cache_latents(folder, items, family, load_pixels, device, mirrored=mirrored)
+        if here.first:
+            here.barrier()
+        return found
 
     try:
         shown = mixture.repeated(items, args.data.repeats, balance=args.data.balance)
@@ -354,18 +364,26 @@ def _curve(section: Any) -> Callable[[float], float]:
 # --- around a run
 
 
-def _check_device(device: str) -> None:
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not have.get(device, True):
-        raise RunError(f"runtime.device is {device}, which this machine does not have; use auto or cpu")
-
-
 def _check_same(saved: TrainArgs, args: TrainArgs, root: Path) -> None:
     """Refuses args that would make another run of it, naming them."""
     before, now = fixed(saved), fixed(args)
     changed = [f"{name} (was {before[name]!r}, now {now[name]!r})" for name in before if before[name] != now[name]]
     if changed:
         raise RunError(f"a resumed run cannot change {', '.join(changed)}; start a new run, or resume {root} as it was")
+
+
+def _check_processes(run_dir: RunDir, processes: int) -> None:
+    """Their number says which pictures make a step together, so the rest of the run must have the same."""
+    before = environment.processes(run_dir.env)
+    if before not in (None, processes):
+        raise RunError(
+            f"{run_dir.root} was begun by {before} processes, whose pictures make one step together, and this was "
+            f"started as {processes}; resume it with {before} (torchrun --nproc_per_node {before}), or start a new run"
+        )
+
+
+def _logged(run_dir: RunDir, here: Ranks) -> AbstractContextManager[None]:
+    return console.logged(run_dir.log) if here.first else nullcontext()
 
 
 @contextmanager

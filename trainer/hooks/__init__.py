@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trainer.args import TrainArgs
 from trainer.loop import Run
@@ -34,7 +35,13 @@ class Context:
 
 
 class Hook:
-    """Does nothing at each event; a hook overrides what it needs."""
+    """Does nothing at each event; a hook overrides what it needs.
+
+    Of several processes the first alone has hooks, but for those that say `everywhere`: they write nothing on the
+    others, and are for what every process must do alike, such as changing gradients.
+    """
+
+    everywhere: ClassVar[bool] = False
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -43,7 +50,10 @@ class Hook:
         """Before the first update of this process."""
 
     def on_gradients(self, run: Run, update: int) -> Mapping[str, float]:
-        """Gradients are summed and not yet clipped; what is returned joins Step.extra. `update` counts from 0."""
+        """Gradients are summed, over processes too, and not yet clipped; what is returned joins Step.extra.
+
+        `update` counts from 0.
+        """
         return {}
 
     def on_step(self, run: Run, step: Step) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from trainer import checkpoint
 from trainer.args import TrainArgs
@@ -47,18 +50,47 @@ def digest(args: TrainArgs) -> str:
     return hashlib.sha256(json.dumps(fixed(args)).encode()).hexdigest()[:16]
 
 
+class Drifted(RuntimeError):  # noqa: N818  it names what happened
+    """Processes that should train the same parameters hold different ones."""
+
+
 class Checkpoints(Hook):
-    """Also what an interrupted run calls to save where it is."""
+    """Also what an interrupted run calls to save where it is. The first process writes, once all have proved alike."""
+
+    everywhere = True
 
     def on_step(self, run: Run, step: Step) -> None:
         if step.step % self.context.args.runtime.checkpoint_every == 0 or step.step == run.steps:
             self.save(run, step.step)
 
     def save(self, run: Run, step: int) -> Path:
-        """Writes the checkpoint of `step` finished updates, unless it is there already, and prunes."""
+        """Writes the checkpoint of `step` finished updates, unless it is there already, and prunes.
+
+        Raises:
+            Drifted: processes hold different parameters; nothing is written.
+        """
         path = self.context.dir.checkpoint(step)
+        if run.engine.processes > 1:
+            _check_alike(run, step)
+        if run.engine.rank > 0:
+            return path
         if not path.exists():
             checkpoint.save(path, step, run.adapters, run.optimizers, digest(self.context.args))
             log.info("checkpoint %s", path)
         checkpoint.prune(self.context.dir, self.context.args.runtime.keep_checkpoints)
         return path
+
+
+def _check_alike(run: Run, step: int) -> None:
+    mark = hashlib.sha256()
+    for named in run.components.values():
+        for _, parameter in named:
+            mark.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    marks: Sequence[str] = run.engine.gathered([mark.hexdigest()])
+    other = [rank for rank, found in enumerate(marks) if found != marks[0]]
+    if other:
+        raise Drifted(
+            f"at step {step} rank {other[0]} of {len(marks)} holds other parameters than rank 0, and they must be "
+            "equal to the last bit; no checkpoint was made of it. A hook that changes gradients or parameters must "
+            "say `everywhere`; go on from the last checkpoint with --resume"
+        )

@@ -1,0 +1,114 @@
+"""Accelerate, as the loop sees it: device, precision, backward, and the sums over processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, distributed, nn
+
+from trainer.args import RuntimeArgs
+from trainer.ranks import Ranks, launched
+
+FP16_LOSS_SCALE = 1024.0
+
+
+class EngineError(ValueError):
+    """A device or a number of processes that this machine or this door does not have. One sentence."""
+
+
+class Engine:
+    """Where and how the arithmetic of one process runs. Every process of `here` makes one, and the same calls."""
+
+    def __init__(self, runtime: RuntimeArgs, dtype: str, here: Ranks | None = None) -> None:
+        self.here = here or Ranks()
+        self.rank, self.processes = self.here.rank, self.here.processes
+        _check_device(runtime.device, self.processes)
+        if runtime.threads is not None:
+            torch.set_num_threads(runtime.threads)
+        cpu = runtime.device == "cpu" or (self.processes > 1 and not torch.cuda.is_available())
+        if self.processes > 1:  # Accelerate takes the group that it finds, and would make one of a store of its own
+            group = distributed.PrefixStore("gradients", self.here.store)
+            backend = "gloo" if cpu else "nccl"
+            distributed.init_process_group(backend, store=group, rank=self.rank, world_size=self.processes)
+        self._accelerator = Accelerator(mixed_precision="bf16" if dtype == "bf16" else "no", cpu=cpu)
+        self.device: torch.device = self._accelerator.device
+        if self._accelerator.num_processes != self.processes:  # each would train a run of its own
+            raise EngineError(
+                f"Accelerate sees {self._accelerator.num_processes} processes where {self.processes} were started; "
+                "start them with torchrun or accelerate launch, and with --runtime.device cpu if no GPU is to be used"
+            )
+        self._scale = FP16_LOSS_SCALE if dtype == "fp16" else 1.0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self._accelerator.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss * self._scale)
+
+    def release(self) -> None:
+        """Accelerate keeps its choice of device and precision for the process, which would bind the next run."""
+        AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    def watch(self, parameter: nn.Parameter) -> None:
+        """With fp16 weights small gradients would vanish on their way: they travel scaled and arrive unscaled."""
+        if self._scale != 1.0:
+            parameter.register_hook(self._unscaled)
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient / self._scale
+
+    def gathered(self, rows: Sequence[Any]) -> list[Any]:
+        """`Ranks.gathered`: small things, as JSON."""
+        return self.here.gathered(rows)
+
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Gives every process the mean of all processes' gradients, summed in float32 in one message.
+
+        A parameter that has no gradient on any process keeps none, as in one process.
+        """
+        if self.processes == 1:
+            return
+        parts = [torch.zeros(p.numel(), device=self.device) if p.grad is None else p.grad for p in parameters]
+        given = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        flat = torch.cat([*(part.detach().flatten().float() for part in parts), given])
+        with self.here.heard():
+            distributed.all_reduce(flat)
+        *means, counts = (flat / self.processes).split([*(p.numel() for p in parameters), len(parameters)])
+        for parameter, mean, count in zip(parameters, means, counts.tolist(), strict=True):
+            if count > 0:
+                parameter.grad = mean.view_as(parameter).to(parameter.dtype)
+
+    @torch.no_grad()
+    def equalise(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Gives every process the first one's parameters."""
+        if self.processes > 1:
+            for parameter in parameters:
+                with self.here.heard():
+                    distributed.broadcast(parameter.data, src=0)
+
+
+def _check_device(device: str, processes: int) -> None:
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not have.get(device, True):
+        raise EngineError(f"runtime.device is {device}, which this machine does not have; use auto or cpu")
+    started = launched()[1]
+    if started != processes:
+        raise EngineError(f"this was started as {started} processes, but needs one: start it without the launcher")
+    if processes == 1:
+        return
+    if device == "mps":
+        raise EngineError(f"this was started as {processes} processes, and an mps device can serve one: start one")
+    place, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device != "cpu" and 0 < devices <= place:
+        raise EngineError(
+            f"more processes were started on this machine than its {devices} GPUs: start {devices} on each machine "
+            f"(torchrun --nproc_per_node {devices}), or train with --runtime.device cpu"
+        )
