@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from preprocess import buckets, captions, dedupe, masks, sheet, trigger
+from preprocess import buckets, captions, dedupe, masks, sheet, trigger, upscale
 from preprocess import ingest as ingestion
 from preprocess.crew import Crew
 from preprocess.ingest import FEWEST, ingest
@@ -26,6 +26,7 @@ STAGES = {
     "captions": captions.VERSION,
     "trigger": trigger.VERSION,
     "masks": masks.VERSION,
+    "upscale": upscale.VERSION,
     "buckets": buckets.VERSION,
 }
 
@@ -96,6 +97,8 @@ def _made(
     untriggered = [item.source for item in told if not trigger.named(item.caption, item.trigger)]
     captioned = trigger.triggered(told, data)
     masked, notes = masks.masked(captioned, out_dir, data.mask) if data.masks else (captioned, [])
+    masked, enlarged = upscale.upscaled(masked, out_dir, data, allowed)
+    notes += enlarged
     if crew.share.first:
         crew.share.barrier()
     items = tuple(buckets.bucketed(item, *allowed) for item in masked)

@@ -48,9 +48,12 @@ def bucketed(item: Item, *choices: Sequence[Size]) -> Item:
     Args:
         choices: the buckets of each resolution, smallest resolution first. In each the bucket counts whose
             proportions are nearest the item's own, of equals the larger one.
+
+    What a model enlarged is placed by its original size: detail that was made up calls for no larger bucket.
     """
-    nearest = [_nearest(item, buckets) for buckets in choices]
-    filled = [bucket for bucket in nearest if enlarged(item, bucket) <= 1]
+    own = replace(item, width=item.original[0], height=item.original[1]) if item.original else item
+    nearest = [_nearest(own, buckets) for buckets in choices]
+    filled = [bucket for bucket in nearest if enlarged(own, bucket) <= 1]
     return replace(item, bucket=filled[-1] if filled else nearest[0])
 
 

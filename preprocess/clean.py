@@ -10,11 +10,12 @@ from trainer.rundir import RunDir, RunDirError
 STAGES: Mapping[str, tuple[str, ...]] = {
     "pictures": ("pictures/*", "kept/*"),
     "masks": ("masks/*", "pictures/*.mask.png"),
+    "upscaled": ("upscaled/*",),
     "captions": ("captions/*",),
     "latents": ("latents/*",),
     "text": ("text/*",),
 }
-_IN_DATASET = {"pictures", "masks", "captions"}  # dataset.jsonl names what they made
+_IN_DATASET = {"pictures", "masks", "upscaled", "captions"}  # dataset.jsonl names what they made
 
 
 def clean(run: RunDir, stage: str) -> int:

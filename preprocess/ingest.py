@@ -50,7 +50,7 @@ def ingest(
         source: folder, picture, archive or URL, or several (`preprocess.source`). x.txt beside x.png is its
             caption, x.mask.png or masks/x.png its mask.
         out: where dataset.jsonl will be; items name their files relative to it.
-        mask_sources: where masks are looked for (`masks.FROM_SOURCE`; others are left to a later stage). A picture
+        mask_sources: where masks are looked for (`maskers.FROM_SOURCE`; others are left to a later stage). A picture
             whose mask is damaged is skipped, one without a mask is kept.
         private_urls: URLs may lead into private networks.
         caption_lines: each line of x.txt is a caption of its own.

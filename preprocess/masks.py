@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
-from preprocess.maskers import MASKERS, Masker
+from preprocess import maskers
 from preprocess.picture import decode_alpha, decode_mask
-from preprocess.stagecache import StageKey
+from preprocess.stagecache import StageKey, digest
 from preprocess.types import Item, Limits, PreprocessError, SourceFile
-from trainer import registry
 from trainer.args import MaskArgs
 from trainer.rundir import RunDir, atomic_write
 
-VERSION = 1  # raise it when the same picture would get another mask
+VERSION = 2  # raise it when the same picture would get another mask
 
-FROM_SOURCE = ("sidecar", "folder", "alpha")  # the others look at the decoded picture
 _FOLDER = "masks"
 
 
@@ -95,9 +94,10 @@ def _stem(path: str) -> str:
 
 
 def masked(items: Sequence[Item], root: Path, options: MaskArgs) -> tuple[list[Item], list[str]]:
-    """The items, with masks by the maskers of `options.sources` where none was found yet, all feathered.
+    """The items, with masks by the maskers of `options.sources` where none was found yet, inverted and feathered.
 
-    A picture without a hit stays unmasked and is named in the notes, which come second.
+    Each source is shown the pictures that those before it found nothing in. A picture without a hit stays unmasked
+    and is named in the notes, which come second.
 
     Args:
         root: folder that the items' files are relative to.
@@ -108,9 +108,10 @@ def masked(items: Sequence[Item], root: Path, options: MaskArgs) -> tuple[list[I
     """
     found = {item.name: item for item in items}
     for source in options.sources:
+        kind = maskers.kind(source)
         missing = [item for item in found.values() if item.mask is None]
-        if source not in FROM_SOURCE and missing:
-            found |= {item.name: item for item in _by(source, missing, root, options)}
+        if kind and missing:
+            found |= {item.name: item for item in _by(source, kind, missing, root, options)}
     bare = [item for item in found.values() if item.mask is None]
     if len(bare) == len(items):
         raise PreprocessError(
@@ -119,26 +120,28 @@ def masked(items: Sequence[Item], root: Path, options: MaskArgs) -> tuple[list[I
         )
     by = ", ".join(options.sources)
     notes = [f"{item.source}: no mask was found by {by}, so the whole picture counts" for item in bare]
-    return [_feathered(item, root, options.feather) for item in found.values()], notes
+    return [_finished(item, root, options) for item in found.values()], notes
 
 
-def _by(source: str, items: Sequence[Item], root: Path, options: MaskArgs) -> Iterable[Item]:
+def _by(
+    source: str, kind: type[maskers.Masker], items: Sequence[Item], root: Path, options: MaskArgs
+) -> Iterable[Item]:
     """The items that the masker finds something in, with their masks written beside them.
 
     What it made is kept in the cache under the picture's content; it is only loaded when something is missing.
     """
-    kind = registry.load(MASKERS, source, "data.mask.sources", code=False)
-    parameters = options.model_dump(mode="json", exclude={"sources", "feather", "batch_size", "device"})
-    key = StageKey(f"mask {source}", VERSION, parameters)
+    masker = kind(options)
+    parameters = {"stage": VERSION, "code": _code(source, kind), **masker.parameters()}
+    key = StageKey(f"mask {source}", masker.version, parameters)
     kept = {item.name: _kept(root, item, key) for item in items}
     missing = [item for item in items if not kept[item.name].exists()]
-    masker: Masker | None = kind(options) if missing else None
-    for start in range(0, len(missing), options.batch_size):
-        assert masker is not None
-        group = missing[start : start + options.batch_size]
-        pictures = [_opened(root / item.file, "RGB") for item in group]
-        for item, picture, mask in zip(group, pictures, masker(pictures), strict=True):
-            atomic_write(kept[item.name], _png(mask or Image.new("L", picture.size)))
+    if missing:
+        with masker.loaded() as find:
+            for start in range(0, len(missing), options.batch_size):
+                group = missing[start : start + options.batch_size]
+                pictures = [_opened(root / item.file, "RGB") for item in group]
+                for item, picture, mask in zip(group, pictures, find(pictures), strict=True):
+                    atomic_write(kept[item.name], _png(_fitting(source, mask, picture)))
     for item in items:
         mask = _opened(kept[item.name], "L")
         if mask.getbbox():  # a black one stands for no hit
@@ -147,18 +150,44 @@ def _by(source: str, items: Sequence[Item], root: Path, options: MaskArgs) -> It
             yield replace(item, mask=where)
 
 
+def _code(source: str, kind: type[maskers.Masker]) -> str | None:
+    """sha256 of the file that a masker of the user's own is in, which may change under its name."""
+    if ":" not in source:
+        return None
+    file = inspect.getsourcefile(kind)
+    return digest(Path(file).read_bytes()) if file else None
+
+
+def _fitting(source: str, mask: Image.Image | None, picture: Image.Image) -> Image.Image:
+    if mask is None:
+        return Image.new("L", picture.size)
+    if mask.size != picture.size:
+        raise PreprocessError(
+            f"the masker {source} made a mask of {mask.width} x {mask.height} pixels for a picture of "
+            f"{picture.width} x {picture.height}; they must be of one size"
+        )
+    return mask.convert("L")
+
+
 def _kept(root: Path, item: Item, key: StageKey) -> Path:
     return RunDir(root).cache / "masks" / f"{item.name}.{key.of(item.sha256)[:16]}.png"
 
 
-def _feathered(item: Item, root: Path, share: float) -> Item:
-    """The item with a mask whose edge fades over about `share` of the picture's shorter side. The hard one stays."""
-    if item.mask is None or not share:
+def _finished(item: Item, root: Path, options: MaskArgs) -> Item:
+    """The item with its mask inverted and feathered, where that is asked for. The one that was found stays.
+
+    A feathered edge fades over about `options.feather` of the picture's shorter side.
+    """
+    if item.mask is None or not (options.feather or options.invert):
         return item
     mask = _opened(root / item.mask, "L")
-    radius = share * min(mask.size) / 2  # a gaussian's edge falls from 84 % to 16 % within twice its deviation
-    where = str(PurePosixPath(item.file).with_suffix(".soft.mask.png"))
-    atomic_write(root / where, _png(mask.filter(ImageFilter.GaussianBlur(radius))))
+    if options.invert:
+        mask = ImageChops.invert(mask)
+    if options.feather:
+        radius = options.feather * min(mask.size) / 2  # a gaussian falls from 84 % to 16 % within twice its deviation
+        mask = mask.filter(ImageFilter.GaussianBlur(radius))
+    where = str(PurePosixPath(item.file).with_suffix(".soft.mask.png" if options.feather else ".inverse.mask.png"))
+    atomic_write(root / where, _png(mask))
     return replace(item, mask=where)
 
 

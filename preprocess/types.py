@@ -48,6 +48,7 @@ class Item:
     captions: tuple[str, ...] = ()  # all of them, where it has several
     caption_from: str = ""  # the file, "the picture itself", the captioner or data.caption that it came from
     mask: str | None = None  # as `file`; white is what counts
+    original: tuple[int, int] | None = None  # width, height before a model enlarged it; None where none did
     bucket: tuple[int, int] = (0, 0)  # width, height in pixels that training resizes it to
     centering: tuple[float, float] = (0.5, 0.5)  # share of what the bucket cuts off that goes left, at the top
     trigger: str = ""  # of the concept that its folder holds

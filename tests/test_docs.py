@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from trainer.args import TrainArgs
+from preprocess import build
+from trainer.args import DataArgs, TrainArgs
 from trainer.run import opened
 from trainer.rundir import RunDir
 
@@ -41,6 +43,25 @@ def test_the_hook_of_adding_a_part_trains(tmp_path: Path, tiny_base: Path, tiny_
     assert 0 < logged[0] < 2 * largest
 
 
+def test_the_masker_of_adding_a_part_masks(tmp_path: Path) -> None:
+    match = re.search(r"```python\n# (?P<file>bright\.py)\n(?P<code>.*?)```", page("docs/adding-a-part.md"), re.DOTALL)
+    assert match
+    file = tmp_path / match["file"]
+    file.write_text(match["code"], encoding="utf-8")
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for name, grey in (("a", 200), ("b", 90), ("c", 20)):
+        picture = Image.new("RGB", (32, 32), (grey, grey, grey))
+        picture.paste((0, 0, 0), (0, 0, 16, 32))
+        picture.save(source / f"{name}.png")
+    mask = {"sources": [f"{file}:Bright"], "threshold": 0.5}
+    data = DataArgs.model_validate({"source": str(source), "masks": True, "mask": mask})
+    items = build(str(source), tmp_path / "run", data, resolution=32, step=8).items
+    assert [item.mask is not None for item in items] == [True, False, False]
+    with Image.open(tmp_path / "run" / str(items[0].mask)) as found:
+        assert (found.getpixel((8, 16)), found.getpixel((24, 16))) == (0, 255)
+
+
 def test_the_run_directory_page_names_every_path() -> None:
     run = RunDir(Path("R"))
     paths = [value for name in vars(RunDir) if isinstance(value := getattr(run, name), Path) and value != run.root]
@@ -49,7 +70,7 @@ def test_the_run_directory_page_names_every_path() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/architecture.md", "docs/adding-a-part.md", "docs/run-directory.md"]
+    "name", ["README.md", "docs/architecture.md", "docs/adding-a-part.md", "docs/run-directory.md", "docs/masks.md"]
 )
 def test_paths_and_links_lead_somewhere(name: str) -> None:
     text = re.sub(r"<!--.*?-->", "", page(name), flags=re.DOTALL)

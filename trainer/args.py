@@ -69,6 +69,25 @@ class CaptionModelArgs(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where it runs; auto takes a GPU")
 
 
+class DetectArgs(Section):
+    """The mask source detect: boxes of an object detector of transformers (YOLOS, DETR and their like)."""
+
+    base: str | None = Field(None, description="folder or hub id of the detector, which detect needs")
+    revision: str | None = Field(None, description="commit or tag, which base needs where it is a hub id")
+    labels: tuple[str, ...] = Field((), description="labels of the detector that count (face); detect needs one")
+    threshold: float = Field(0.5, gt=0.0, lt=1.0, description="how sure the model must be of a box")
+    shape: Literal["ellipse", "box"] = Field("ellipse", description="what is masked: the box, or the ellipse in it")
+    grow: float = Field(1.2, ge=0.5, le=4.0, description="times; sides of the mask in sides of the model's box")
+
+
+class PersonArgs(Section):
+    """The mask source person: pixels that a segmentation model of transformers (SegFormer, Mask2Former) names so."""
+
+    base: str | None = Field(None, description="folder or hub id of the segmentation model, which person needs")
+    revision: str | None = Field(None, description="commit or tag, which base needs where it is a hub id")
+    labels: tuple[str, ...] = Field(("person",), min_length=1, description="which of the model's labels count")
+
+
 class MaskArgs(Section):
     """Where masks come from, once data.masks is on."""
 
@@ -76,11 +95,15 @@ class MaskArgs(Section):
         ("sidecar", "folder", "alpha"),
         min_length=1,
         description="where masks come from, the first hit counts: sidecar (x.mask.png), folder (x.png in a folder "
-        "masks), alpha (what the picture does not hide), or a name of preprocess.maskers (face, text)",
+        "masks), alpha (what the picture does not hide), a name of preprocess.maskers (face, detect, person, "
+        "foreground, text), module:attr or file.py:attr",
     )
     feather: float = Field(
         0.0, ge=0.0, le=0.5, description="share of a picture's shorter side over which a mask's edge fades"
     )
+    invert: bool = Field(False, description="let what the sources found count least, as for a scene without its people")
+    detect: DetectArgs = Field(default_factory=lambda: DetectArgs.model_validate({}), description="source detect")
+    person: PersonArgs = Field(default_factory=lambda: PersonArgs.model_validate({}), description="source person")
     text: str | None = Field(None, min_length=1, description="what the source text looks for: a red hat")
     threshold: float = Field(0.4, gt=0.0, lt=1.0, description="how sure the source text must be of a pixel")
     base: str | None = Field(None, description="folder or hub id of the CLIPSeg model of the source text")
@@ -102,6 +125,43 @@ class MaskArgs(Section):
             raise ValueError("sources names text, which needs text (what to look for) and base (a CLIPSeg model)")
         if self.text is not None and "text" not in self.sources:
             raise ValueError(f"text is {self.text!r}, but sources does not name text; add it, or leave text out")
+        return self
+
+    @model_validator(mode="after")
+    def _models_are_named(self) -> MaskArgs:
+        """A source that needs a model has one, and a model has its source."""
+        if "detect" in self.sources and (self.detect.base is None or not self.detect.labels):
+            raise ValueError("sources names detect, which needs detect.base (a detector) and detect.labels (of it)")
+        if "person" in self.sources and self.person.base is None:
+            raise ValueError("sources names person, which needs person.base (a segmentation model)")
+        for name, section in (("detect", self.detect), ("person", self.person)):
+            if name not in self.sources and section != type(section).model_validate({}):
+                raise ValueError(f"{name} is given, but sources does not name {name}; add it, or leave {name} out")
+        return self
+
+
+class UpscaleArgs(Section):
+    """What enlarges pictures that are much too small, in place of plain interpolation."""
+
+    by: str = Field(
+        "off",
+        description="what enlarges pictures beyond data.upscale_limit: off, a name of preprocess.upscalers (swin2sr), "
+        "module:attr or file.py:attr",
+    )
+    base: str | None = Field(None, description="folder or hub id of the Swin2SR model, which swin2sr needs")
+    revision: str | None = Field(None, description="commit or tag, which base needs where it is a hub id")
+    tile: int = Field(256, ge=32, le=4096, description="pixels; side of what the model sees at once")
+    overlap: int = Field(32, ge=0, le=1024, description="pixels that neighbouring tiles share; 0 may show their edges")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where it runs; auto takes a GPU")
+
+    @model_validator(mode="after")
+    def _whole(self) -> UpscaleArgs:
+        if self.by == "off" and self != UpscaleArgs.model_construct():
+            raise ValueError("upscale is given, but upscale.by is off; set it to swin2sr, or leave the rest out")
+        if self.by == "swin2sr" and self.base is None:
+            raise ValueError("upscale.by is swin2sr, which needs upscale.base (a Swin2SR model)")
+        if 2 * self.overlap > self.tile:
+            raise ValueError(f"upscale.overlap is {self.overlap}, more than half of upscale.tile ({self.tile})")
         return self
 
 
@@ -186,6 +246,9 @@ class DataArgs(Section):
     )
     upscale_limit: float = Field(
         2.0, ge=1.0, le=100.0, description="times; pictures enlarged more than this are named in a warning"
+    )
+    upscale: UpscaleArgs = Field(
+        default_factory=lambda: UpscaleArgs.model_validate({}), description="what enlarges pictures beyond that"
     )
     crop: Literal["center", "mask"] = Field(
         "center", description="what a bucket keeps of a picture: its middle, or as far as possible its mask's"
@@ -292,7 +355,12 @@ class DataArgs(Section):
 
     @model_validator(mode="after")
     def _masks_are_on(self) -> DataArgs:
-        for option, given in (("data.crop mask", self.crop == "mask"), ("data.mask.text", self.mask.text is not None)):
+        needing = (
+            ("data.crop mask", self.crop == "mask"),
+            ("data.mask.text", self.mask.text is not None),
+            ("data.mask.invert", self.mask.invert),
+        )
+        for option, given in needing:
             if given and not self.masks:
                 raise ValueError(f"{option} needs masks, but data.masks is off; turn it on, or leave {option} out")
         return self

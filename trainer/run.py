@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import preprocess
-from preprocess import source
+from preprocess import maskers, source, upscalers
 from preprocess.captioners import CAPTIONERS
 from trainer import cache, checkpoint, concepts, console, environment, export, mixture, optim, registry, report
 from trainer.adapters import ADAPTERS
@@ -155,7 +155,11 @@ def _located(args: TrainArgs) -> TrainArgs:
     return args.model_copy(
         update={
             "data": args.data.model_copy(
-                update={"source": environment.located(args.data.source), "caption_model": _nearby(args.data)}
+                update={
+                    "source": environment.located(args.data.source),
+                    "caption_model": _nearby(args.data),
+                    **_models_nearby(args.data),
+                }
             ),
             "model": args.model.model_copy(update={"base": environment.located(args.model.base), "config": config}),
         }
@@ -170,6 +174,23 @@ def _kept(args: TrainArgs) -> TrainArgs:
 def _nearby(data: DataArgs) -> CaptionModelArgs:
     given = data.caption_model.model_dump(include={"base", "vocabulary"}, exclude_none=True)
     return data.caption_model.model_copy(update={name: environment.located(path) for name, path in given.items()})
+
+
+def _models_nearby(data: DataArgs) -> dict[str, Any]:
+    """The sections that name models for masks and for upscaling, with local paths made absolute."""
+    mask = data.mask
+    parts = {
+        name: part.model_copy(update=_base(part.base))
+        for name, part in (("detect", mask.detect), ("person", mask.person))
+    }
+    return {
+        "mask": mask.model_copy(update={**_base(mask.base), **parts}),
+        "upscale": data.upscale.model_copy(update=_base(data.upscale.base)),
+    }
+
+
+def _base(given: str | None) -> dict[str, str]:
+    return {} if given is None else {"base": environment.located(given)}
 
 
 # --- putting a run together
@@ -188,6 +209,9 @@ class _Parts:
 def _parts(args: TrainArgs, *, code: bool) -> _Parts:
     adapter = args.adapter.kind
     registry.load(CAPTIONERS, args.data.captioner, "data.captioner", code=code)  # the stage makes it anew
+    for name in args.data.mask.sources if args.data.masks else ():
+        maskers.kind(name, code=code)
+    upscalers.kind(args.data.upscale.by, code=code)
     names = [*STANDARD_HOOKS, *(["tensorboard"] if args.hooks.tensorboard else []), *args.hooks.extra]
     hooks: list[type[Hook]] = []
     for name in dict.fromkeys(names):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -366,11 +368,19 @@ class Half:
     """Finds the left half of the first picture that it is shown."""
 
     asked: list[tuple[int, int]]
+    version = 1
 
     def __init__(self, options: MaskArgs) -> None:
-        pass
+        self._threshold = options.threshold
 
-    def __call__(self, pictures: list[Image.Image]) -> list[Image.Image | None]:
+    def parameters(self) -> dict[str, float]:
+        return {"threshold": self._threshold}
+
+    @contextmanager
+    def loaded(self) -> Generator[maskers.Find]:
+        yield self.find
+
+    def find(self, pictures: Sequence[Image.Image]) -> list[Image.Image | None]:
         found: list[Image.Image | None] = []
         for picture in pictures:
             mask = Image.new("L", picture.size)
