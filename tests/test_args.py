@@ -102,3 +102,24 @@ def test_a_resolution_is_a_flag(words: list[str]) -> None:
 def test_what_is_no_resolution(given: object) -> None:
     with pytest.raises(CommandError, match=r"data\.resolution"):
         validate({"data": {"source": "pictures", "resolution": given}})
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"augment": {"colour": 0.1}}, "variants is 0"),
+        ({"augment": {"crop": 0.1}}, "variants is 0"),
+        ({"augment": {"variants": 2}}, "colour and crop are 0"),
+        ({"mode": "face", "flip": True}, "no face is symmetric"),
+        ({"keep_sides": ["left"]}, "nothing is mirrored"),
+        ({"flip": True, "keep_sides": ["left", " "]}, "empty word"),
+    ],
+)
+def test_augmentation_that_would_do_nothing_or_harm_is_refused(data: dict[str, object], said: str) -> None:
+    with pytest.raises(CommandError, match=said):
+        validate({"data": {"source": "pictures", **data}})
+
+
+def test_augmentation_that_does_something_is_accepted() -> None:
+    tree = {"source": "x", "flip": True, "keep_sides": ["left"], "augment": {"variants": 2, "crop": 0.1}}
+    assert validate({"data": tree}).data.augment.variants == 2

@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from small import items, latents
 
 from trainer.dataset import Dataset, DatasetError, Item, load_mask, load_pixels, read_manifest
 from trainer.types import Samples
+from trainer.view import PLAIN, Augment, label, sizes
 
 MIXED = [(32, 32)] * 5 + [(48, 24)] * 3 + [(24, 48)]
 
 
 def dataset(sizes: list[tuple[int, int]] = MIXED, **options: Any) -> Dataset:
     pictures = items(sizes)
-    settings: dict[str, Any] = {"batch_size": 4, "seed": 0, **options}
-    return Dataset(pictures, latents(pictures), **settings)
+    settings: dict[str, Any] = {"batch_size": 4, "seed": 0, "latents": latents(pictures), **options}
+    return Dataset(pictures, **settings)
 
 
 def equal(a: Samples, b: Samples) -> bool:
@@ -33,8 +34,8 @@ def equal(a: Samples, b: Samples) -> bool:
 
 def test_an_index_gives_the_same_batch_for_ever_and_in_any_order() -> None:
     pictures = items(MIXED)
-    mirrored = {name: latent.flip(-1) for name, latent in latents(pictures).items()}
-    options: dict[str, Any] = {"caption_dropout": 0.3, "flipped": mirrored}
+    both = {f"{name}{end}": latent for name, latent in latents(pictures).items() for end in ("", ".mirrored")}
+    options: dict[str, Any] = {"caption_dropout": 0.3, "flip": {item.name for item in pictures}, "latents": both}
     forward = [dataset(**options).micro(i) for i in range(40)]
     other = dataset(**options)
     for i in [39, 0, 17, 17, 3, 38, 1]:
@@ -116,19 +117,51 @@ def test_one_of_several_captions_is_drawn_by_index() -> None:
 def test_pictures_are_mirrored_half_of_the_time_with_their_masks() -> None:
     pictures = items([(32, 32)] * 4)
     plain = latents(pictures)
-    mirrored = {name: latent.flip(-1) for name, latent in plain.items()}
+    mirrored = {f"{name}.mirrored": latent.flip(-1) for name, latent in plain.items() if name != "p3"}
     masks = {"p0": torch.arange(16.0).reshape(1, 4, 4) / 15}
-    data = Dataset(pictures, plain, batch_size=4, seed=0, flipped=mirrored, masks=masks)
+    data = Dataset(pictures, plain | mirrored, batch_size=4, seed=0, flip={"p0", "p1", "p2"}, masks=masks)
     turned = 0
     for i in range(100):
         samples = data.micro(i)
         assert samples.mask is not None
         for latent, name, mask in zip(samples.latents, samples.names, samples.mask, strict=True):
-            is_mirrored = torch.equal(latent, mirrored[name])
+            is_mirrored = name != "p3" and torch.equal(latent, mirrored[f"{name}.mirrored"])
+            assert is_mirrored or torch.equal(latent, plain[name])
             turned += is_mirrored
             expected = masks.get(name, torch.ones(1, 4, 4))
             assert torch.equal(mask, expected.flip(-1) if is_mirrored else expected)
-    assert turned / 400 == pytest.approx(0.5, abs=0.08)
+    assert turned / 300 == pytest.approx(0.5, abs=0.08)
+
+
+def test_each_version_is_shown_as_often_and_with_its_own_mask_and_sizes() -> None:
+    pictures, augment = [replace(item, width=80) for item in items([(32, 32)] * 3)], Augment(3, crop=0.2, seed=1)
+    flip = {"p0", "p1"}
+    versions = {
+        label(item.name, v.number, mirrored=v.mirrored): (item, v, torch.full((2, 4, 4), float(n)))
+        for n, (item, v) in enumerate(
+            (item, v) for item in pictures for v in augment.versions(item, mirrored=item.name in flip)
+        )
+    }
+    masks = {name: torch.rand(1, 4, 4) for name, (_, v, _) in versions.items() if not v.mirrored}
+    stored = {name: latent for name, (_, _, latent) in versions.items()}
+    data = Dataset(pictures, stored, batch_size=3, seed=0, flip=flip, augment=augment, masks=masks)
+    seen: Counter[str] = Counter()
+    for i in range(300):
+        samples = data.micro(i)
+        assert samples.mask is not None
+        assert samples.sizes is not None
+        for row, latent in enumerate(samples.latents):
+            name, (item, version, _) = list(versions.items())[int(latent[0, 0, 0])]
+            seen[name] += 1
+            mask = masks[label(item.name, version.number)]
+            assert item.name == samples.names[row]
+            assert torch.equal(samples.mask[row], mask.flip(-1) if version.mirrored else mask)
+            assert samples.sizes[row].tolist() == list(sizes(item, version))
+    assert seen.keys() == versions.keys()
+    for name, count in seen.items():
+        assert count == pytest.approx(75 if name.startswith("p2") else 37.5, abs=22), name
+    again = Dataset(pictures, stored, batch_size=3, seed=0, flip=flip, augment=augment, masks=masks)
+    assert torch.equal(again.micro(200).latents, data.micro(200).latents)
 
 
 def test_without_masks_there_is_no_mask() -> None:
@@ -228,6 +261,51 @@ def test_a_mask_that_the_crop_empties_is_named_and_left_out(tmp_path: Path, capl
     with caplog.at_level(logging.WARNING):
         assert load_mask(picture(tmp_path, np.zeros((16, 48, 3), np.uint8), (16, 16), mask), 8) is None
     assert "mask of p is empty" in caplog.text
+
+
+def marked(folder: Path) -> Item:
+    """A picture that is white where its mask is, so that it can be seen whether they are one."""
+    mask = np.zeros((96, 160), dtype=np.uint8)
+    mask[30:62, 40:72], mask[60:70, 100:130] = 255, 255
+    return picture(folder, np.repeat(mask[:, :, None], 3, axis=2), (64, 64), mask)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_a_mask_stays_on_its_picture_when_both_are_cropped_and_mirrored(
+    number: int, mirrored: bool, tmp_path: Path
+) -> None:
+    item = marked(tmp_path)
+    version = Augment(3, crop=0.2, seed=4).version(item, number, mirrored=mirrored)
+    pixels, mask = load_pixels(item, version), load_mask(item, 4, version)
+    assert mask is not None
+    white = torch.nn.functional.avg_pool2d((pixels[:1] + 1) / 2, 4)
+    assert (white - mask).abs().max() < 0.16, "they part"  # edges: one is scaled by lanczos, one bilinearly
+    assert (white.flip(-1) - mask).abs().max() > 0.9, "the picture cannot tell"
+    if number:
+        plain = load_mask(item, 4, PLAIN.version(item, mirrored=mirrored))
+        assert plain is not None
+        assert (mask - plain).abs().max() > 0.2, "the crop did not move"
+
+
+def test_colours_change_as_pillow_changes_them_and_the_crop_does_not(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    item = picture(tmp_path, pixels, (24, 16))
+    version = Augment(1, colour=0.3).version(item, 1)
+    assert version.box == (0.0, 0.0, 24.0, 16.0)
+    expected = Image.fromarray(pixels)
+    for kind, factor in zip(("Brightness", "Contrast", "Color"), version.colours, strict=True):
+        assert 0.7 <= factor <= 1.3
+        expected = getattr(ImageEnhance, kind)(expected).enhance(factor)
+    read = np.rint((load_pixels(item, version).numpy() + 1) * 127.5).transpose(1, 2, 0)
+    np.testing.assert_array_equal(read, np.asarray(expected))
+    assert len(set(version.colours)) == 3
+
+
+def test_a_picture_that_changed_after_preprocessing_is_refused(tmp_path: Path) -> None:
+    item = replace(picture(tmp_path, np.zeros((16, 16, 3), np.uint8), (16, 16)), width=32)
+    with pytest.raises(DatasetError, match=r"p.png is 16x16 pixels, but dataset.jsonl says 32x16"):
+        load_pixels(item)
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:

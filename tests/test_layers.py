@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 # docs/architecture.md.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer", "trainer.args", "trainer.types", "trainer.path", "trainer.registry", "trainer.rundir", "trainer.seed",
-     "trainer.cli", "trainer.console", "trainer.extras", "trainer.progress", "trainer.share", "trainer.ranks"),
+     "trainer.cli", "trainer.console", "trainer.extras", "trainer.progress", "trainer.share", "trainer.ranks",
+     "trainer.view"),
     ("trainer.models", "trainer.adapters", "trainer.objectives", "trainer.optim", "trainer.dataset", "trainer.cache",
      "trainer.mixture",
     "trainer.concepts",
@@ -43,6 +44,7 @@ NO_TORCH = (
     "trainer.share",
     "trainer.progress",
     "trainer.ranks",
+    "trainer.view",
     "preprocess",
 )
 LONGEST_FUNCTION = 90  # lines; 3-40 are usual

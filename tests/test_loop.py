@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,29 @@ def test_processes_share_the_pictures_out_between_them() -> None:
         assert next(train(run)).images == 8
         seen.append(asked)
     assert seen == [[0, 2], [1, 3]]
+
+
+def test_the_sizes_of_the_pictures_go_with_their_captions_and_with_the_prior() -> None:
+    run = make_run(steps=2)
+    seen: list[Batch] = []
+
+    class WithPrior:
+        def micro(self, index: int) -> Samples:
+            samples = run_dataset.micro(index)
+            return replace(samples, prior=samples.captions)
+
+    def objective(predict: Predict, batch: Batch) -> Loss:
+        seen.append(batch)
+        return original(predict, batch)
+
+    run_dataset, original = run.dataset, run.objective
+    run.dataset, run.objective = WithPrior(), objective
+    list(train(run))
+    for index, batch in enumerate(seen):
+        sizes = run_dataset.micro(index).sizes
+        assert sizes is not None
+        assert sizes.shape == (2, 6)
+        assert batch.prior is not None
+        for cond in (batch.cond, batch.prior):
+            assert cond.sizes is not None
+            assert torch.equal(cond.sizes, sizes)

@@ -20,6 +20,7 @@ STEPS = 8
 EVERYTHING = [
     *("--text.tokens", "2", "--adapter.rank", "3", "--adapter.dropout", "0.2", "--data.caption_dropout", "0.3"),
     *("--adapter.targets", "attention+ff+conv", "--data.flip", "--objective.offset_noise", "0.05"),
+    *("--data.augment.variants", "2", "--data.augment.colour", "0.2", "--data.augment.crop", "0.1"),
     *("--optim.adapter.name", "prodigy", "--optim.adapter.lr", "1", "--optim.adapter.curve", "pivot_adapter"),
     *("--optim.rows.curve", "pivot_rows", "--optim.rows.weight_decay", "0.01"),
     *("--runtime.accumulate", "2", "--runtime.batch_size", "2", "--runtime.steps", str(STEPS)),

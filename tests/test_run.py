@@ -1,13 +1,18 @@
-"""Precision: every dtype trains, and fp16's small gradients arrive as fp32's do."""
+"""Putting a run together: precision, the versions of pictures, what is cached."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from trainer import cli, run
+from trainer.dataset import load_mask, load_pixels, read_manifest
+from trainer.models.sd15 import SD15
+from trainer.view import Augment, Version, label, sizes
 
 
 def gradients(base: Path, pictures: Path, out: Path, dtype: str) -> dict[str, torch.Tensor]:
@@ -63,3 +68,78 @@ def test_fp16_carries_gradients_that_half_precision_cannot_hold() -> None:
     engine.release()
     assert parameter.grad is not None
     assert parameter.grad.tolist() == pytest.approx([2e-8] * 3, rel=0.02)
+
+
+def augmented(base: Path, pictures: Path, out: Path) -> dict[str, object]:
+    for picture in sorted(pictures.glob("*.png"))[:3]:
+        mask = Image.new("L", Image.open(picture).size, 60)
+        mask.paste(255, (4, 4, 24, 20))
+        mask.save(picture.with_suffix(".mask.png"))
+    (pictures / "dog_02.txt").write_text("a TOK beside a Sign")
+    return {
+        "data": {
+            "source": str(pictures),
+            "flip": True,
+            "masks": True,
+            "augment": {"variants": 2, "colour": 0.3, "crop": 0.2},
+        },
+        "model": {"base": str(base)},
+        "sample": {"strengths": [], "steps": 1},
+        "runtime": {"out": str(out), "name": "run", "steps": 2, "batch_size": 2, "device": "cpu"},
+    }
+
+
+def test_pictures_are_shown_as_their_versions_are_and_written_signs_are_not_mirrored(
+    tiny_base: Path, tiny_pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = cli.validate(augmented(tiny_base, tiny_pictures, tmp_path / "out"))
+    with caplog.at_level(logging.INFO), run.opened(args) as session:
+        assert "never mirrored, as a caption has a word of data.keep_sides: dog_02\n" in caplog.text
+        family, data = session.run.family, session.run.dataset
+        items = {item.name: item for item in read_manifest(session.dir.dataset)}
+        augment = Augment(2, colour=0.3, crop=0.2, seed=args.runtime.seed)
+        known: dict[str, tuple[Version, torch.Tensor]] = {}
+        for item in items.values():
+            for version in augment.versions(item, mirrored=True):
+                with torch.no_grad():
+                    latent = family.encode_images(load_pixels(item, version)[None])[0]
+                known[label(item.name, version.number, mirrored=version.mirrored)] = version, latent
+        seen: set[str] = set()
+        for index in range(100):
+            samples = data.micro(index)
+            assert samples.mask is not None
+            assert samples.sizes is not None
+            for row, name in enumerate(samples.names):
+                own = {at: pair for at, pair in known.items() if at.split(".")[0] == name}
+                (at,) = (at for at, (_, latent) in own.items() if torch.equal(latent, samples.latents[row]))
+                seen.add(at)
+                mask = load_mask(items[name], family.latent_scale, own[at][0])
+                whole = torch.ones_like(samples.mask[row])
+                torch.testing.assert_close(samples.mask[row], whole if mask is None else mask)
+                assert samples.sizes[row].tolist() == list(sizes(items[name], own[at][0]))
+        assert seen == {name for name in known if not name.startswith("dog_02") or "mirrored" not in name}
+        shards = {path.name.split("..")[0] for path in (session.dir.cache / "latents").iterdir()}
+        assert shards == {"dog_00", "dog_00.mask"}
+
+
+def test_captions_are_encoded_once_before_training_and_a_resume_encodes_nothing(
+    tiny_base: Path, tiny_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    pixels: list[torch.Size] = []
+    encode, encode_images = SD15.encode, SD15.encode_images
+    monkeypatch.setattr(SD15, "encode", lambda self, captions: asked.extend(captions) or encode(self, captions))
+    monkeypatch.setattr(SD15, "encode_images", lambda self, x: pixels.append(x.shape) or encode_images(self, x))
+    args = cli.validate(augmented(tiny_base, tiny_pictures, tmp_path / "out"))
+    with run.opened(args) as session:
+        assert sorted(asked) == sorted({"", *(item.caption for item in read_manifest(session.dir.dataset))})
+        assert len(pixels) == 5 * 6 - 3
+        assert all(len(shape) == 4 and shape[0] == 1 for shape in pixels)
+        asked.clear()
+        pixels.clear()
+        session.run.encode(["a caption that comes later"])
+    with run.resumed(session.dir.root) as session:
+        session.run.encode(["a caption that comes later"])
+        session.run.encode([""])
+        assert asked == ["a caption that comes later"]
+        assert not pixels

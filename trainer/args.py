@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_valid
 Probability = float
 
 
+KEEP_SIDES = ("text", "letter", "letters", "lettering", "word", "words", "written", "writing", "sign", "logo", "number")
+
+
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
@@ -188,6 +191,29 @@ class ConceptArgs(Section):
         return {"trigger": given} if isinstance(given, str) else given
 
 
+class AugmentArgs(Section):
+    """More versions of each picture. They are made once and cached; which one a showing takes is drawn by its index."""
+
+    variants: int = Field(0, ge=0, le=100, description="versions of each picture, beside the plain one")
+    colour: float = Field(
+        0.0, ge=0.0, le=0.5, description="share by which brightness, contrast and saturation differ in them at most"
+    )
+    crop: float = Field(
+        0.0, ge=0.0, le=0.2, description="share of the crop by which it is made smaller and moved in them at most"
+    )
+
+    @model_validator(mode="after")
+    def _differ(self) -> AugmentArgs:
+        """Options that would do nothing are mistakes."""
+        if self.variants and not (self.colour or self.crop):
+            raise ValueError(
+                f"variants is {self.variants}, but colour and crop are 0: all versions would be the plain picture"
+            )
+        if (self.colour or self.crop) and not self.variants:
+            raise ValueError("colour and crop are for the versions of a picture, but variants is 0; give a few, say 4")
+        return self
+
+
 class DataArgs(Section):
     source: str = Field(
         description="folder, picture, .zip, .tar(.gz, .bz2, .xz, .zst), http(s) URL of one, or several with | between "
@@ -265,6 +291,13 @@ class DataArgs(Section):
         "the trigger for them in modes object and face [default for face: person, woman, man and the like]",
     )
     flip: bool = Field(False, description="mirror pictures at random (off: many subjects are not symmetric)")
+    keep_sides: tuple[str, ...] = Field(
+        KEEP_SIDES,
+        description="words: pictures with one of them in a caption are never mirrored, as writing would be, too",
+    )
+    augment: AugmentArgs = Field(
+        default_factory=lambda: AugmentArgs.model_validate({}), description="more versions of each picture"
+    )
     caption_dropout: Probability = Field(
         0.05, ge=0.0, le=1.0, description="share of captions replaced by the empty one, which guidance relies on"
     )
@@ -352,6 +385,19 @@ class DataArgs(Section):
         """What a picture is captioned with that comes without a caption."""
         default = "a picture in the style of {trigger}" if self.mode == "style" else "a {trigger}"
         return (default if self.caption is None else self.caption).replace("{trigger}", self.trigger)
+
+    @model_validator(mode="after")
+    def _sides_fit(self) -> DataArgs:
+        if self.flip and "face" in (self.mode, *(concept.mode for concept in self.concepts.values())):
+            raise ValueError(
+                "data.flip is on, but data.mode is face: no face is symmetric, and mirrored pictures teach another "
+                "person's; turn data.flip off"
+            )
+        if self.keep_sides != KEEP_SIDES and not self.flip:
+            raise ValueError("data.keep_sides says what is not mirrored, but data.flip is off: nothing is mirrored")
+        if any(not word.strip() for word in self.keep_sides):
+            raise ValueError("data.keep_sides has an empty word, which would be in every caption; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _masks_are_on(self) -> DataArgs:

@@ -9,18 +9,19 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
 
 from trainer.seed import derive
 from trainer.types import Samples
+from trainer.view import PLAIN, Augment, Version, label, sizes
 
 log = logging.getLogger(__name__)
 
@@ -85,21 +86,35 @@ def _item(record: Mapping[str, Any], root: Path) -> Item:
     )
 
 
-def load_pixels(item: Item) -> Tensor:
-    """[3, h, w] float32 in -1..1: scaled to cover the bucket, the rest cropped as the item's centering says."""
+def load_pixels(item: Item, version: Version | None = None) -> Tensor:
+    """[3, h, w] float32 in -1..1: the version's box (plain: as much as covers the bucket) scaled to the bucket.
+
+    Colours change in the order of `Version.colours`, mirroring comes last.
+    """
+    version = version or PLAIN.version(item)
     with Image.open(item.file) as picture:
         upright = ImageOps.exif_transpose(picture).convert("RGB")
-    fitted = ImageOps.fit(upright, item.bucket, Image.Resampling.LANCZOS, centering=item.centering)
-    return torch.from_numpy(np.asarray(fitted, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
+    if upright.size != (item.width, item.height):
+        raise DatasetError(
+            f"the picture {item.file.name} is {upright.size[0]}x{upright.size[1]} pixels, but dataset.jsonl says "
+            f"{item.width}x{item.height}; it was changed after preprocessing: start a new run"
+        )
+    fitted = upright.resize(item.bucket, Image.Resampling.LANCZOS, box=version.box)
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for kind, factor in zip(kinds, version.colours, strict=True):
+        fitted = fitted if factor == 1 else kind(fitted).enhance(factor)
+    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
+    return pixels.flip(-1) if version.mirrored else pixels
 
 
-def load_mask(item: Item, latent_scale: int) -> Tensor | None:
-    """[1, H, W] in 0..1, cropped like the picture and averaged over each latent; None without a mask.
+def load_mask(item: Item, latent_scale: int, version: Version | None = None) -> Tensor | None:
+    """[1, H, W] in 0..1, cropped and mirrored like the picture, averaged over each latent; None without a mask.
 
     A mask that is black inside the crop says nothing to learn from: it is named in the log and left out.
     """
     if item.mask is None:
         return None
+    version = version or PLAIN.version(item)
     with Image.open(item.mask) as picture:
         upright = ImageOps.exif_transpose(picture).convert("L")
     if upright.size != (item.width, item.height):
@@ -107,11 +122,11 @@ def load_mask(item: Item, latent_scale: int) -> Tensor | None:
             f"the mask {item.mask.name} is {upright.size[0]}x{upright.size[1]} pixels, "
             f"but its picture is {item.width}x{item.height}; they must be of one size"
         )
-    fitted = ImageOps.fit(upright, item.bucket, Image.Resampling.BILINEAR, centering=item.centering)
+    fitted = upright.resize(item.bucket, Image.Resampling.BILINEAR, box=version.box)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32))[None] / 255.0
-    mask = nn.functional.avg_pool2d(pixels, latent_scale)
+    mask = nn.functional.avg_pool2d(pixels.flip(-1) if version.mirrored else pixels, latent_scale)
     if not bool(mask.any()):
-        log.warning("the mask of %s is empty: the whole picture counts", item.name)
+        log.warning("the mask of %s is empty: the whole picture counts", label(item.name, version.number))
         return None
     return mask
 
@@ -131,7 +146,8 @@ class Dataset:
         batch_size: int,
         seed: int,
         caption_dropout: float = 0.0,
-        flipped: Mapping[str, Tensor] | None = None,
+        flip: Container[str] | None = None,
+        augment: Augment = PLAIN,
         masks: Mapping[str, Tensor] | None = None,
         priors: Mapping[str, Sequence[str]] | None = None,
         weights: Mapping[str, float] | None = None,
@@ -140,9 +156,10 @@ class Dataset:
         """Keep what batches are made of.
 
         Args:
-            latents: picture name -> [C, H, W].
-            flipped: the same of the mirrored pictures; given, each picture is mirrored half of the time.
-            masks: picture name -> [1, H, W], for the pictures that have one.
+            latents: `view.label` of each version of each picture -> [C, H, W].
+            flip: names of the pictures that are mirrored half of the time.
+            augment: the versions of a picture; each is as likely at each showing.
+            masks: label of each version -> [1, H, W], not mirrored, for the pictures that have one.
             priors: picture name -> its caption with each class word for the trigger; one is drawn for each batch.
             weights: picture name -> factor of its loss.
             tags: what happens to the parts of a caption at each showing; None leaves them as they are.
@@ -151,7 +168,8 @@ class Dataset:
         if not items:
             raise DatasetError("there are no pictures to train on")
         self._items = list(items)
-        self._latents, self._flipped, self._masks, self._priors = latents, flipped, masks, priors
+        self._latents, self._flip, self._masks, self._priors = latents, flip or (), masks, priors
+        self._augment = augment
         self._batch_size, self._seed, self._caption_dropout = batch_size, seed, caption_dropout
         buckets: dict[tuple[int, int], list[int]] = {}
         for index, item in enumerate(self._items):
@@ -169,8 +187,10 @@ class Dataset:
         chosen = [self._items[i] for i in self._round(round_)[position]]
         generator = torch.Generator().manual_seed(derive(self._seed, "micro", index))
         drop = torch.rand(len(chosen), generator=generator) < self._caption_dropout
-        mirror = torch.rand(len(chosen), generator=generator) < (0.0 if self._flipped is None else 0.5)
-        latents = [self._latent(item.name, bool(m)) for item, m in zip(chosen, mirror, strict=True)]
+        halves = torch.rand(len(chosen), generator=generator) < 0.5
+        shown = [self._version(item, index, row, bool(halves[row])) for row, item in enumerate(chosen)]
+        pairs = list(zip(chosen, shown, strict=True))
+        latents = [self._latents[label(item.name, v.number, mirrored=v.mirrored)] for item, v in pairs]
         captions = [_drawn(item, derive(self._seed, "caption", index, row)) for row, item in enumerate(chosen)]
         if self._tags is not None:
             seeds = [derive(self._seed, "tags", index, row) for row in range(len(chosen))]
@@ -182,7 +202,8 @@ class Dataset:
             latents=torch.stack(latents),
             captions=tuple("" if d else caption for caption, d in zip(captions, drop, strict=True)),
             names=tuple(item.name for item in chosen),
-            mask=self._mask(chosen, latents, mirror.tolist()),
+            mask=self._mask(pairs, latents),
+            sizes=torch.tensor([sizes(*pair) for pair in pairs], dtype=torch.float32),
             prior=self._prior(chosen, generator),
             weight=None if self._weights is None else torch.tensor([self._weights[item.name] for item in chosen]),
         )
@@ -212,19 +233,24 @@ class Dataset:
         captions = [self._priors[item.name] for item in chosen]
         return tuple(c[int(torch.randint(len(c), (), generator=generator))] for c in captions)
 
-    def _latent(self, name: str, mirrored: bool) -> Tensor:
-        return self._flipped[name] if mirrored and self._flipped is not None else self._latents[name]
+    def _version(self, item: Item, index: int, row: int, half: bool) -> Version:
+        """The version that is shown in this place."""
+        number = 0
+        if self._augment.variants:
+            generator = torch.Generator().manual_seed(derive(self._seed, "version", index, row))
+            number = int(torch.randint(self._augment.variants + 1, (), generator=generator))
+        return self._augment.version(item, number, mirrored=half and item.name in self._flip)
 
-    def _mask(self, chosen: Sequence[Item], latents: Sequence[Tensor], mirror: Sequence[bool]) -> Tensor | None:
+    def _mask(self, pairs: Sequence[tuple[Item, Version]], latents: Sequence[Tensor]) -> Tensor | None:
         """[B, 1, H, W], ones for a picture without a mask; None when no picture of the dataset has one."""
         if not self._masks:
             return None
         rows: list[Tensor] = []
-        for item, latent, mirrored in zip(chosen, latents, mirror, strict=True):
-            mask = self._masks.get(item.name)
+        for (item, version), latent in zip(pairs, latents, strict=True):
+            mask = self._masks.get(label(item.name, version.number))
             if mask is None:
                 mask = torch.ones(1, *latent.shape[1:])
-            rows.append(mask.flip(-1) if mirrored else mask)
+            rows.append(mask.flip(-1) if version.mirrored else mask)
         return torch.stack(rows)
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -130,14 +130,15 @@ def _micro(run: Run, update: int, micro: int) -> _Micro:
     samples = run.dataset.micro(update * run.accumulate * engine.processes + turn)
     seed = derive(run.seed, "micro", update, turn, 0)
     torch.manual_seed(seed)  # for layers that draw, such as an adapter's dropout
+    sizes = None if samples.sizes is None else samples.sizes.to(engine.device)
     with engine.autocast():
         batch = Batch(
             latents=samples.latents.to(engine.device),
-            cond=run.encode(samples.captions),
+            cond=replace(run.encode(samples.captions), sizes=sizes),
             names=samples.names,
             generator=torch.Generator().manual_seed(seed),
             mask=None if samples.mask is None else samples.mask.to(engine.device),
-            prior=run.encode(samples.prior) if samples.prior else None,
+            prior=replace(run.encode(samples.prior), sizes=sizes) if samples.prior else None,
             weight=None if samples.weight is None else samples.weight.to(engine.device),
         )
         loss = run.objective(run.family.predict, batch)

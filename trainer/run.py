@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -30,7 +31,9 @@ from trainer.models import FAMILIES
 from trainer.objectives import OBJECTIVES
 from trainer.ranks import Ranks
 from trainer.rundir import RunDir, atomic_write
+from trainer.share import Share
 from trainer.types import Adapter, Cond, ModelFamily, Predict, Step
+from trainer.view import Augment
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +282,7 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
         objective = parts.objective(args.objective, family.path, _frozen(family, adapters))
     except ValueError as error:
         raise RunError(str(error)) from error
-    dataset = _dataset(args, run_dir, family, engine.device, items, engine.here)  # before an adapter is attached
+    dataset = _dataset(args, run_dir, family, engine.device, items, engine.here.share)  # before an adapter is attached
     try:
         components = {adapter.component: adapter.attach(family) for adapter in adapters}
     except ValueError as error:
@@ -296,7 +299,7 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
         lr={name: _curve(section) for name, section in sections.items()},
         dataset=dataset,
         objective=objective,
-        encode=_encode(args, run_dir, family, engine.device),
+        encode=_encode(args, run_dir, family, engine.device, items, engine.here.share),
         hooks=[hook(context) for hook in parts.hooks if engine.here.first or hook.everywhere],
         steps=args.runtime.steps,
         accumulate=args.runtime.accumulate,
@@ -312,32 +315,40 @@ def _dataset(
     family: ModelFamily,
     device: torch.device,
     items: Sequence[Item],
-    here: Ranks,
+    share: Share,
 ) -> Dataset:
-    def latents(*, mirrored: bool) -> Mapping[str, Tensor]:
-        folder = run_dir.cache / "latents"
-        if not here.first:
-            here.barrier()  # the first encodes, the others read
-        found = cache.cache_latents(folder, items, family, load_pixels, device, mirrored=mirrored)
-        if here.first:
-            here.barrier()
-        return found
-
     try:
         shown = mixture.repeated(items, args.data.repeats, balance=args.data.balance)
         weights = mixture.weights(items, args.data.weights)
         priors = concepts.priors(args.data, items) if args.objective.prior_weight else None
     except (mixture.MixtureError, concepts.ConceptError) as error:
         raise RunError(str(error)) from error
-    masks = {item.name: load_mask(item, family.latent_scale) for item in items} if args.data.masks else {}
+    augment = Augment(**args.data.augment.model_dump(), seed=args.runtime.seed)
+    flip = _flipped(args.data, items)
+    folder = run_dir.cache / "latents"
+    latents = cache.cache_latents(
+        folder,
+        items,
+        family,
+        load_pixels,
+        device,
+        versions=lambda item: augment.versions(item, mirrored=item.name in flip),
+        share=share,
+    )
+    masks = (
+        cache.cache_masks(folder, items, family.latent_scale, load_mask, versions=augment.versions, share=share)
+        if args.data.masks
+        else None
+    )
     return Dataset(
         shown,
-        latents(mirrored=False),
+        latents,
         batch_size=args.runtime.batch_size,
         seed=args.runtime.seed,
         caption_dropout=args.data.caption_dropout,
-        flipped=latents(mirrored=True) if args.data.flip else None,
-        masks={name: mask for name, mask in masks.items() if mask is not None} or None,
+        flip=flip,
+        augment=augment,
+        masks=masks,
         priors=priors,
         weights=weights,
         tags=_tags(args.data),
@@ -346,6 +357,22 @@ def _dataset(
 
 def _tags(data: DataArgs) -> Tags | None:
     return Tags(data.keep_tags, data.shuffle_tags, data.tag_dropout) if data.varied else None
+
+
+def _flipped(data: DataArgs, items: Sequence[Item]) -> frozenset[str]:
+    """The names of the pictures that are mirrored half of the time; those that are kept as they are go to the log."""
+    if not data.flip:
+        return frozenset()
+    sided = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, data.keep_sides))})(?!\w)", re.IGNORECASE)
+    kept = [
+        item.name
+        for item in items
+        if data.keep_sides and any(sided.search(caption) for caption in (item.caption, *item.captions))
+    ]
+    if kept:
+        more = f" and {len(kept) - 20} more" if len(kept) > 20 else ""
+        log.info("never mirrored, as a caption has a word of data.keep_sides: %s%s", ", ".join(kept[:20]), more)
+    return frozenset(item.name for item in items) - frozenset(kept)
 
 
 def _frozen(family: ModelFamily, adapters: Sequence[Adapter]) -> Predict:
@@ -371,14 +398,22 @@ def _adapters(args: TrainArgs, items: Sequence[Item], parts: _Parts) -> list[Ada
 
 
 def _encode(
-    args: TrainArgs, run_dir: RunDir, family: ModelFamily, device: torch.device
+    args: TrainArgs,
+    run_dir: RunDir,
+    family: ModelFamily,
+    device: torch.device,
+    items: Sequence[Item],
+    share: Share,
 ) -> Callable[[Sequence[str]], Cond]:
     """Text is encoded live only while its rows are trained, or while its captions are hardly ever the same."""
-    return (
-        family.encode
-        if args.text.tokens or args.data.varied
-        else cache.TextCache(run_dir.cache / "text", family, device)
-    )
+    if args.text.tokens or args.data.varied:
+        return family.encode
+    text = cache.TextCache(run_dir.cache / "text", family, device)
+    priors = concepts.priors(args.data, items) if args.objective.prior_weight else {}
+    captions = [caption for item in items for caption in item.captions or (item.caption,)]
+    dropped = [""] if args.data.caption_dropout else []
+    text.prepare([*captions, *(caption for some in priors.values() for caption in some), *dropped], share)
+    return text
 
 
 def _curve(section: Any) -> Callable[[float], float]:
@@ -419,6 +454,8 @@ def _closing(session: Session) -> Generator[None]:
         for hook in session.run.hooks:
             if isinstance(hook, Hook):
                 hook.close()
+        if isinstance(session.run.encode, cache.TextCache):
+            session.run.encode.flush()
         for adapter in reversed(session.run.adapters):
             adapter.detach()
 

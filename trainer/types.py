@@ -27,6 +27,7 @@ class Cond:
 
     hidden: Tensor
     pooled: Tensor | None = None
+    sizes: Tensor | None = None  # [B, 6], of Samples.sizes; encode leaves it out
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Samples:
     mask: Tensor | None = None  # [B, 1, H, W] in 0..1
     prior: tuple[str, ...] = ()  # the captions with a class word for the trigger; empty when no prior is kept
     weight: Tensor | None = None  # [B], factors of the loss
+    sizes: Tensor | None = None  # [B, 6] pixels: original height, width, crop top, left, target height, width
 
 
 @dataclass(frozen=True)
