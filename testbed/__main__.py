@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     score = commands.add_parser("score", help="score a run that was trained on a held-out concept")
     score.add_argument("run", type=Path, help="run directory")
     score.add_argument("--concept", default="mushroom", help="held-out concept that the run was trained on")
+    score.add_argument("--trigger", default="TOK", help="word that it was trained under [default: TOK]")
     score.add_argument(
         "--pictures", type=int, default=60, help=f"pictures of the concept; ordinary ones are {ORDINARY}"
     )
@@ -65,7 +66,7 @@ def _score(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # a model this small runs slower on more
     try:
         with tqdm(total=args.pictures + 2 * ORDINARY + 8, desc="scoring", unit="picture", mininterval=1) as bar:
-            scores = score_run(args.run, args.concept, args.pictures, ORDINARY, bar.update)
+            scores = score_run(args.run, args.concept, args.pictures, ORDINARY, bar.update, args.trigger)
     except (RunDirError, GenerateError, BaseModelError) as error:
         print(f"testbed: error: {error}", file=sys.stderr)
         return 2

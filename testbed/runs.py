@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from testbed.concepts import TRIGGER
 from testbed.score import Scorer, Scores
 from trainer import generate, sampler
 from trainer.models.sd15 import SD15
@@ -18,11 +19,17 @@ STEPS, GUIDANCE = 25, 3.0
 
 
 def score_run(
-    root: Path, concept: str, n: int = 60, ordinary: int = 96, drawn: Callable[[int], object] = lambda _: None
+    root: Path,
+    concept: str,
+    n: int = 60,
+    ordinary: int = 96,
+    drawn: Callable[[int], object] = lambda _: None,
+    trigger: str = TRIGGER,
 ) -> Scores:
     """Loads what the run exported, as a client would, and scores it.
 
     Args:
+        trigger: that of the concept, of a run that learned several.
         drawn: told how many pictures were drawn since the last time; there are n + 2 ordinary + 8 in all.
     """
     weights = generate.located(generate.find(root))
@@ -40,12 +47,13 @@ def score_run(
         return pictures
 
     with torch.inference_mode():
-        return Scorer(concept, training_pictures(root)).score(draw, n, ordinary)
+        return Scorer(concept, training_pictures(root, trigger), trigger=trigger).score(draw, n, ordinary)
 
 
-def training_pictures(root: Path) -> list[Image.Image]:
-    """The pictures that the run learned from, in its own order."""
+def training_pictures(root: Path, trigger: str = TRIGGER) -> list[Image.Image]:
+    """The pictures that the run learned the trigger from, in its own order."""
     run = RunDir.open(root)
     lines = run.dataset.read_text(encoding="utf-8").splitlines()
     items = sorted((json.loads(line) for line in lines if line), key=lambda item: item["name"])
-    return [Image.open(run.root / item["file"]).convert("RGB") for item in items]
+    own = [item for item in items if item.get("trigger", trigger) == trigger]  # older runs have one and do not say it
+    return [Image.open(run.root / item["file"]).convert("RGB") for item in own]

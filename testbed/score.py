@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from testbed.concepts import CONCEPTS, Concept, ordinary_scenes, training_scenes, unseen_scenes
+from testbed.concepts import CONCEPTS, TRIGGER, Concept, ordinary_scenes, training_scenes, unseen_scenes
 from testbed.judge import Judge, one_thing, tensor
 from testbed.pictures import Scene, caption, render
 from testbed.shapes import SHAPES
@@ -64,7 +64,10 @@ class Scores:
 class Scorer:
     """Judges, CLIP and the reference pictures of one concept."""
 
-    def __init__(self, name: str, pictures: Sequence[Image.Image], seed: int = 5, here: Path = HERE) -> None:
+    def __init__(
+        self, name: str, pictures: Sequence[Image.Image], seed: int = 5, here: Path = HERE, trigger: str = TRIGGER
+    ) -> None:
+        self.trigger = trigger
         self.concept: Concept = CONCEPTS[name]
         self.references = list(pictures)
         self.seen = training_scenes(self.concept, len(pictures), seed)
@@ -77,7 +80,7 @@ class Scorer:
 
     def score(self, draw: Draw, n: int = 60, ordinary: int = 96, seed: int = 0) -> Scores:
         scenes = unseen_scenes(self.concept, n, seed, self.seen)
-        pictures = draw([self.concept.prompt(s) for s in scenes], range(1000, 1000 + n), True)
+        pictures = draw([self.concept.prompt(s, self.trigger) for s in scenes], range(1000, 1000 + n), True)
         read = self.knows.read(pictures)
         plain = ordinary_scenes(ordinary, seed)
         said, seeds = [caption(s) for s in plain], range(5000, 5000 + ordinary)
@@ -159,7 +162,7 @@ class Scorer:
 
     def _diversity(self, draw: Draw, scene: Scene) -> float:
         rng = np.random.default_rng(3)
-        drawn = draw([self.concept.prompt(scene)] * 8, range(9000, 9008), True)
+        drawn = draw([self.concept.prompt(scene, self.trigger)] * 8, range(9000, 9008), True)
         return _spread(drawn) / _spread([render(scene, rng) for _ in range(8)])
 
     def _nearest(self, picture: Image.Image) -> float:

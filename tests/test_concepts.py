@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from small import items
 
 from preprocess import PreprocessError, build
 from preprocess.survey import survey
-from trainer import cli, concepts
-from trainer.args import DataArgs
+from trainer import cli, concepts, export, generate
+from trainer.adapters.textual_inversion import Concept, TextualInversion
+from trainer.args import DataArgs, ModelArgs, TextArgs
 from trainer.dataset import Item, Tags, read_manifest, varied
+from trainer.models.sd15 import SD15
+from trainer.rundir import RunDir
 
 TWO: dict[str, Any] = {"dog": {"trigger": "TOK"}, "cat": {"trigger": "KIT"}}
 
@@ -175,3 +181,80 @@ def test_tags_are_left_out_at_the_asked_rate_and_never_the_trigger() -> None:
     moved = [varied(caption, Tags(1, shuffle=True, dropout=0.3), "TOK", seed) for seed in range(600)]
     orders = {tuple(tag for tag in text.split(", ") if tag in ("red", "blue")) for text in moved}
     assert orders == {(), ("red",), ("blue",), ("red", "blue"), ("blue", "red")}
+
+
+def family(base: Path) -> SD15:
+    return SD15.load(ModelArgs(base=str(base)), torch.device("cpu"))
+
+
+def test_each_trigger_has_rows_of_its_own_and_only_its_own_move(tiny_base: Path) -> None:
+    on, options = family(tiny_base), TextArgs(tokens=2)
+    single = TextualInversion(options, "KIT", seed=0)
+    single.attach(on)
+    start = single.rows()["text_encoder"].clone()
+    single.detach()
+    both = TextualInversion(options, [Concept("TOK"), Concept("KIT")], seed=0)
+    [(name, rows)] = both.attach(on)
+    assert (name, tuple(rows.shape), both.triggers) == ("text_encoder.rows", (4, 32), ("KIT", "TOK"))
+    assert torch.equal(both.rows("KIT")["text_encoder"], start)
+    assert on.expand("TOK, a KIT, KITE") == "<concept-2><concept-3>, a <concept-0><concept-1>, KITE"
+    on.encode(["a TOK", "a star"]).hidden.square().sum().backward()
+    assert rows.grad is not None
+    assert (rows.grad != 0).any(dim=1).tolist() == [False, False, True, True]
+    with pytest.raises(ValueError, match="triggers that differ"):
+        TextualInversion(options, [Concept("TOK"), Concept("TOK")], seed=0)
+
+
+def test_each_concept_starts_from_its_own_words(tiny_base: Path) -> None:
+    on = family(tiny_base)
+    table = on.text_encoders["text_encoder"].get_input_embeddings().weight.detach()
+    red, blue = (on.tokenizers["text_encoder"](w, add_special_tokens=False).input_ids[0] for w in ("red", "blue"))
+    inversion = TextualInversion(
+        TextArgs(tokens=2, init="words", init_words="red"), [Concept("B", "blue"), Concept("R")], seed=0
+    )
+    inversion.attach(on)
+    assert torch.equal(inversion.rows()["text_encoder"], table[[blue, blue, red, red]])
+
+
+def test_embeddings_load_in_diffusers_and_are_the_live_encoding(tiny_base: Path, tmp_path: Path) -> None:
+    on = family(tiny_base)
+    args = cli.validate(
+        {"data": {"source": "x", "concepts": TWO}, "model": {"base": str(tiny_base)}, "text": {"tokens": 2}}
+    )
+    inversion = TextualInversion(args.text, [Concept("TOK"), Concept("KIT")], seed=3)
+    inversion.attach(on)
+    export.export(tmp_path, "run", on, [inversion], args)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run_TOK_embedding.safetensors", "run_KIT_embedding.safetensors", "README.md"
+    }  # fmt: skip
+    note = (tmp_path / "README.md").read_text()
+    for text in ("`TOK` (folder dog)", "`embedding:run_KIT_embedding` for `KIT`", "*a KIT*", "for each trigger"):
+        assert text in note
+    pipe: Any = StableDiffusionPipeline.from_pretrained(tiny_base, dtype=torch.float32)
+    code = note.split("```python\n")[1].split("```")[0].strip().splitlines()
+    for line in code:
+        if "load_textual_inversion" in line:
+            name, token = re.findall(r'"([^"]*)"', line)
+            pipe.load_textual_inversion(tmp_path / name, token=token)
+    expected, _ = pipe.encode_prompt("a <tok> on a red <kit>", torch.device("cpu"), 1, False)
+    live = on.encode(["a TOK on a red KIT"]).hidden
+    torch.testing.assert_close(live, expected)
+    made = RunDir.create(tmp_path / "made")
+    made.args.write_text(args.model_dump_json())
+    made.export.mkdir()
+    for file in tmp_path.glob("*.safetensors"):
+        file.rename(made.export / file.name)
+    weights = generate.find(made.root)
+    assert set(weights.embeddings) == {"TOK", "KIT"}
+    painted = generate.Painter(weights, torch.device("cpu")).family
+    assert torch.equal(painted.encode(["a TOK on a red KIT"]).hidden, live)
+    with pytest.raises(generate.GenerateError, match="there are 2 embeddings"):
+        generate.find(made.root, trigger="X")
+    assert set(generate.find(made.export / "run_TOK_embedding.safetensors", trigger="X").embeddings) == {"X"}
+
+
+def test_file_names_differ_even_where_case_does_not_count() -> None:
+    assert export.embedding_names("r", ["TOK"]) == {"TOK": "r_embedding"}
+    named = export.embedding_names("r", ["TOK", "tok", "<a b>"])
+    assert named == {"TOK": "r_TOK_embedding", "tok": "r_tok-2_embedding", "<a b>": "r_a_b_embedding"}
+    assert export.diffusers_tokens(["TOK", "tok"]) == {"TOK": "<tok>", "tok": "<tok-2>"}

@@ -29,7 +29,8 @@ def export(folder: Path, name: str, family: ModelFamily, adapters: Sequence[Adap
 
     Returns:
         The files: `<name>.safetensors` (kohya), `pytorch_lora_weights.safetensors` (diffusers),
-        `<name>_embedding.safetensors`, README.md; those that apply.
+        `<name>_embedding.safetensors` (with several triggers `<name>_<trigger>_embedding.safetensors` for each),
+        README.md; those that apply.
 
     Raises:
         ExportError: a tensor has no name in these layouts, or is not finite. Nothing is written then.
@@ -47,8 +48,9 @@ def export(folder: Path, name: str, family: ModelFamily, adapters: Sequence[Adap
             files["pytorch_lora_weights.safetensors"] = _pack(diffusers_state(modules, clients), extra, dtype)
         elif isinstance(adapter, HasRows):
             kind = {"modelspec.architecture": f"{clients.architecture}/textual-inversion"}
-            state = embedding_state(adapter.rows(), clients)
-            files[f"{embedding_name(name)}.safetensors"] = _pack(state, {**_modelspec(facts), **kind}, dtype)
+            for trigger, word in embedding_names(name, adapter.triggers).items():
+                own = {**_modelspec(facts), **kind, "modelspec.trigger_phrase": trigger}
+                files[f"{word}.safetensors"] = _pack(embedding_state(adapter.rows(trigger), clients), own, dtype)
         elif adapter.state_dict():
             raise ExportError(f"no layout is known for: {', '.join(sorted(adapter.state_dict()))}")
     files["README.md"] = _note(name, args, set(files), adapters).encode()
@@ -108,6 +110,20 @@ def embedding_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", name) + "_embedding"
 
 
+def embedding_names(name: str, triggers: Sequence[str]) -> dict[str, str]:
+    """Trigger -> the word that stands for its file in a prompt. Files differ where case does not count, too."""
+    if len(triggers) == 1:
+        return {triggers[0]: embedding_name(name)}
+    names: dict[str, str] = {}
+    for trigger in triggers:
+        stem = f"{name}_{trigger.strip('<>')}"
+        word, n = embedding_name(stem), 2
+        while word.lower() in (taken.lower() for taken in names.values()):
+            word, n = embedding_name(f"{stem}-{n}"), n + 1
+        names[trigger] = word
+    return names
+
+
 def _uniform(modules: Mapping[str, LoraTensors]) -> tuple[int, float]:
     """The one rank and alpha of all modules."""
     found = {(tensors.down.shape[0], tensors.alpha) for tensors in modules.values()}
@@ -140,7 +156,7 @@ def _facts(name: str, family: ModelFamily, args: TrainArgs) -> dict[str, str]:
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": PREDICTIONS[family.path.target],
-        "modelspec.trigger_phrase": args.data.trigger,
+        "modelspec.trigger_phrase": ", ".join(args.data.triggers),
     }
 
 
@@ -160,49 +176,83 @@ def _base_name(args: TrainArgs) -> str:
 
 def _note(name: str, args: TrainArgs, files: set[str], adapters: Sequence[Adapter]) -> str:
     """README.md for the person who gets the files."""
-    lora, embedding = f"{name}.safetensors" in files, embedding_name(name)
-    rows = f"{embedding}.safetensors" in files
-    trigger = args.data.trigger
-    lines = [f"# {name}", "", f"Made for prompts like: *{args.data.caption}*", "", f"- base model: {_base_name(args)}"]
-    lines.append(f"- trigger: `{trigger}`")
+    lora = f"{name}.safetensors" in files
+    words: dict[str, str] = {}
+    for adapter in adapters:
+        if isinstance(adapter, HasRows):
+            words = embedding_names(name, adapter.triggers)
+    triggers = list(words) or list(args.data.triggers)
+    made_for = ", ".join(f"*{_example(args, trigger)}*" for trigger in triggers)
+    lines = [f"# {name}", "", f"Made for prompts like: {made_for}", "", f"- base model: {_base_name(args)}"]
+    lines += [f"- trigger: `{trigger}`{_of_folders(args, trigger)}" for trigger in triggers]
     for adapter in adapters:
         if isinstance(adapter, HasLora):
             rank, alpha = _uniform({f"{c}.{p}": t for (c, p), t in adapter.modules().items()})
             lines.append(f"- LoRA of rank {rank}, alpha {alpha:g}, on {args.adapter.targets.replace('+', ', ')}")
         elif isinstance(adapter, HasRows):
-            count = max(len(vectors) for vectors in adapter.rows().values())
-            lines.append(f"- {count} token vectors that stand for the trigger")
-    lines += ["", *_ui_lines(name, trigger, lora, embedding if rows else None), ""]
-    lines += ["## diffusers", "", "```python", *_diffusers_lines(trigger, lora, embedding if rows else None), "```", ""]
+            count = max(len(vectors) for vectors in adapter.rows(adapter.triggers[0]).values())
+            lines.append(f"- {count} token vectors that stand for {'the' if len(triggers) == 1 else 'each'} trigger")
+    lines += ["", *_ui_lines(name, triggers, lora, words), ""]
+    lines += ["## diffusers", "", "```python", *_diffusers_lines(triggers, lora, words), "```", ""]
     return "\n".join(lines)
 
 
-def _ui_lines(name: str, trigger: str, lora: bool, embedding: str | None) -> list[str]:
-    comfy = f"embedding:{embedding}" if embedding else trigger
-    word = embedding or trigger
+def _example(args: TrainArgs, trigger: str) -> str:
+    """What a picture of the trigger is captioned with that came without a caption."""
+    own = [args.data.of(folder) for folder, concept in args.data.concepts.items() if concept.trigger == trigger]
+    return (own[0] if own else args.data).own_caption
+
+
+def _of_folders(args: TrainArgs, trigger: str) -> str:
+    folders = [folder for folder, concept in args.data.concepts.items() if concept.trigger == trigger]
+    return f" (folder {', '.join(folders)})" if folders else ""
+
+
+def _ui_lines(name: str, triggers: Sequence[str], lora: bool, words: Mapping[str, str]) -> list[str]:
+    files = " and ".join(f"`{word}.safetensors`" for word in words.values())
     lines = ["## ComfyUI", ""]
     if lora:
         lines.append(f"Put `{name}.safetensors` into `models/loras` and load it with *Load LoRA*.")
-    if embedding:
-        lines.append(f"Put `{embedding}.safetensors` into `models/embeddings`.")
-    lines += [f"In the prompt write `{comfy}` where the concept stands.", "", "## AUTOMATIC1111, Forge", ""]
+    if words:
+        lines.append(f"Put {files} into `models/embeddings`.")
+    lines += [_where({t: f"embedding:{words[t]}" if t in words else t for t in triggers}), ""]
+    lines += ["## AUTOMATIC1111, Forge", ""]
     if lora:
         lines.append(f"Put `{name}.safetensors` into `models/Lora` and write `<lora:{name}:1>` in the prompt.")
-    if embedding:
-        lines.append(f"Put `{embedding}.safetensors` into `embeddings`.")
-    lines.append(f"In the prompt write `{word}` where the concept stands.")
-    return lines
+    if words:
+        lines.append(f"Put {files} into `embeddings`.")
+    return [*lines, _where({t: words.get(t, t) for t in triggers})]
 
 
-def _diffusers_lines(trigger: str, lora: bool, embedding: str | None) -> list[str]:
+def _where(said: Mapping[str, str]) -> str:
+    """What to write in a prompt; `said` is by trigger."""
+    if len(said) == 1:
+        return f"In the prompt write `{next(iter(said.values()))}` where the concept stands."
+    return "In the prompt write " + ", ".join(f"`{word}` for `{trigger}`" for trigger, word in said.items()) + "."
+
+
+def _diffusers_lines(triggers: Sequence[str], lora: bool, words: Mapping[str, str]) -> list[str]:
     lines: list[str] = []
-    word = diffusers_token(trigger) if embedding else trigger
     if lora:
         lines.append('pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")')
-    if embedding:
-        lines.append(f'pipe.load_textual_inversion("{embedding}.safetensors", token={json.dumps(word)})')
-    lines.append(f"picture = pipe({json.dumps(f'a photo of {word}')}).images[0]")
-    return lines
+    tokens = diffusers_tokens(triggers)
+    for trigger, word in words.items():
+        lines.append(f'pipe.load_textual_inversion("{word}.safetensors", token={json.dumps(tokens[trigger])})')
+    said = [tokens[trigger] if trigger in words else trigger for trigger in triggers]
+    return [*lines, f"picture = pipe({json.dumps(f'a photo of {said[0]}')}).images[0]"] + [
+        f"picture = pipe({json.dumps(f'a photo of {word}')}).images[0]" for word in said[1:]
+    ]
+
+
+def diffusers_tokens(triggers: Sequence[str]) -> dict[str, str]:
+    """Trigger -> `diffusers_token` of it, numbered where two would be one."""
+    tokens: dict[str, str] = {}
+    for trigger in triggers:
+        token, n = diffusers_token(trigger), 2
+        while token in tokens.values():
+            token, n = diffusers_token(f"{trigger.strip('<>')}-{n}"), n + 1
+        tokens[trigger] = token
+    return tokens
 
 
 def diffusers_token(trigger: str) -> str:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from trainer import environment, registry, sampler
-from trainer.adapters.textual_inversion import TextualInversion
+from trainer.adapters.textual_inversion import Concept, TextualInversion
 from trainer.args import ModelArgs, TextArgs, TrainArgs
 from trainer.export import embedding_name
 from trainer.models import FAMILIES
@@ -39,17 +39,16 @@ class Weights:
     """What to put on a base."""
 
     lora: Path | None
-    embedding: Path | None
-    trigger: str
+    embeddings: Mapping[str, Path]  # by the trigger that each stands for
     model: ModelArgs  # the base that it was trained on, where that is known
 
 
 def find(path: Path, base: str | None = None, trigger: str | None = None) -> Weights:
-    """The weights at `path`: a run directory or a .safetensors file, with `<name>_embedding.safetensors` beside it.
+    """The weights at `path`: a run directory or a .safetensors file, with the embeddings of its name beside it.
 
     Args:
         base: overrides the base that the run was trained on; needed for a file unless the default base fits.
-        trigger: overrides the trigger that the files name.
+        trigger: overrides the trigger that the file names; of several embeddings each keeps its own.
     """
     if path.is_dir():
         return _of_run(RunDir.open(path), base, trigger)
@@ -57,27 +56,22 @@ def find(path: Path, base: str | None = None, trigger: str | None = None) -> Wei
         raise GenerateError(f"{path} is a pickle, which could run code when it is read; convert it to .safetensors")
     if not path.is_file():
         raise GenerateError(f"{path} does not exist; give a run directory or a .safetensors file")
-    keys, facts = _header(path)
-    if _is_embedding(keys):
-        lora, embedding = None, path
-    else:
-        lora, embedding = path, _beside(path)
-    if embedding is not None:
-        facts = {**_header(embedding)[1], **facts}
+    alone = _is_embedding(_header(path)[0])
+    embeddings = [path] if alone else _beside(path)
     model = ModelArgs.model_validate({"base": base} if base else {})
-    return Weights(lora, embedding, trigger or facts.get("modelspec.trigger_phrase", "TOK"), model)
+    return Weights(None if alone else path, _by_trigger(embeddings, trigger), model)
 
 
 def _of_run(run: RunDir, base: str | None, trigger: str | None) -> Weights:
     args = TrainArgs.model_validate_json(run.args.read_text(encoding="utf-8"))
     name = args.runtime.name
-    lora, embedding = run.export / f"{name}.safetensors", run.export / f"{embedding_name(name)}.safetensors"
-    if not lora.is_file() and not embedding.is_file():
+    lora = run.export / f"{name}.safetensors"
+    embeddings = _of_name(run.export, name)
+    if not lora.is_file() and not embeddings:
         raise GenerateError(f"{run.root} has exported nothing yet; finish it with: python train.py --resume {run.root}")
     return Weights(
         lora=lora if lora.is_file() else None,
-        embedding=embedding if embedding.is_file() else None,
-        trigger=trigger or args.data.trigger,
+        embeddings=_by_trigger(embeddings, trigger),
         model=args.model.model_copy(update={"base": base} if base else {}),
     )
 
@@ -98,8 +92,8 @@ class Painter:
         try:
             if weights.lora is not None:
                 _put_lora(self.family, weights.lora)
-            if weights.embedding is not None:
-                _put_rows(self.family, weights.embedding, weights.trigger)
+            if weights.embeddings:
+                _put_rows(self.family, weights.embeddings)
         except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
             if isinstance(error, GenerateError):
                 raise
@@ -144,14 +138,28 @@ def _put_lora(family: ModelFamily, path: Path) -> None:
         raise GenerateError(f"{path} holds updates of {wanted} layers, and the base took {taken}; is it another base?")
 
 
-def _put_rows(family: ModelFamily, path: Path, trigger: str) -> None:
-    tensors = load_file(path)
+def _put_rows(family: ModelFamily, paths: Mapping[str, Path]) -> None:
     names = {family.clients.embeddings[encoder]: encoder for encoder in family.text_encoders}
-    if tensors.keys() != names.keys():
-        raise GenerateError(f"{path} holds {', '.join(sorted(tensors))}; this base takes {', '.join(sorted(names))}")
-    rows = TextualInversion(TextArgs.model_validate({"tokens": len(next(iter(tensors.values())))}), trigger, seed=0)
+    loaded = {trigger: load_file(path) for trigger, path in paths.items()}
+    for trigger, tensors in loaded.items():
+        if tensors.keys() != names.keys():
+            held, taken = ", ".join(sorted(tensors)), ", ".join(sorted(names))
+            raise GenerateError(f"{paths[trigger]} holds {held}; this base takes {taken}")
+    counts = {len(tensor) for tensors in loaded.values() for tensor in tensors.values()}
+    if len(counts) > 1:
+        raise GenerateError(
+            f"{', '.join(str(path) for path in paths.values())} hold different numbers of vectors, so they are not of "
+            "one run; give one of them alone"
+        )
+    options = TextArgs.model_validate({"tokens": counts.pop()})
+    rows = TextualInversion(options, [Concept(trigger) for trigger in loaded], seed=0)
     rows.attach(family)
-    rows.load_state_dict({f"{names[key]}.rows": tensor.float() for key, tensor in tensors.items()})
+    rows.load_state_dict(
+        {
+            f"{encoder}.rows": torch.cat([loaded[trigger][key].float() for trigger in rows.triggers])
+            for key, encoder in names.items()
+        }
+    )
 
 
 def _header(path: Path) -> tuple[list[str], dict[str, str]]:
@@ -167,13 +175,36 @@ def _is_embedding(keys: Sequence[str]) -> bool:
     return len(keys) <= 3 and all("." not in key for key in keys)
 
 
-def _beside(lora: Path) -> Path | None:
-    """The embedding that belongs to a LoRA file: of its own name, or the only one of its folder."""
-    own = lora.with_name(f"{embedding_name(lora.stem)}.safetensors")
-    if own.is_file():
-        return own
+def _beside(lora: Path) -> list[Path]:
+    """The embeddings that belong to a LoRA file: of its own name, or of the one run whose files its folder holds."""
+    if lora.name != "pytorch_lora_weights.safetensors":
+        return _of_name(lora.parent, lora.stem)
     every = sorted(lora.parent.glob("*_embedding.safetensors"))
-    return every[0] if lora.name == "pytorch_lora_weights.safetensors" and len(every) == 1 else None
+    if len(every) == 1:
+        return every
+    of_runs = [_of_name(lora.parent, other.stem) for other in lora.parent.glob("*.safetensors") if other not in every]
+    return next((found for found in of_runs if found == every), [])
+
+
+def _of_name(folder: Path, name: str) -> list[Path]:
+    """The embeddings that a run of this name exported."""
+    one = folder / f"{embedding_name(name)}.safetensors"
+    own = one.name.removesuffix("_embedding.safetensors")
+    several = sorted(folder.glob(f"{own}_*_embedding.safetensors"))  # also of runs whose names begin like this one's
+    return [one] if one.is_file() else [path for path in several if _header(path)[1].get("modelspec.title") == name]
+
+
+def _by_trigger(paths: Sequence[Path], trigger: str | None) -> dict[str, Path]:
+    """The embeddings by the trigger that each file names, or that was chosen for the only one."""
+    if trigger is not None and len(paths) > 1:
+        raise GenerateError(
+            f"a trigger was chosen ({trigger!r}), and there are {len(paths)} embeddings "
+            f"({', '.join(path.name for path in paths)}); give one of the files alone, or no trigger"
+        )
+    found = {trigger or _header(path)[1].get("modelspec.trigger_phrase", "TOK"): path for path in paths}
+    if len(found) < len(paths):
+        raise GenerateError(f"two of {', '.join(path.name for path in paths)} stand for one trigger; give one of them")
+    return found
 
 
 def free_names(folder: Path, seeds: Sequence[int]) -> list[Path]:

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", required=True, help="give it again for more prompts (required)")
     add("--out", type=Path, required=True, help="folder for the PNGs; what is in it is kept (required)")
     add("--base", help="base to draw on [default: the run's own, or testbed/base for a file]")
-    add("--trigger", help="word that stands for the embedding [default: what the files say]")
+    add("--trigger", help="word that stands for the embedding, where there is one [default: what the files say]")
     add("--negative", default="", help="what to guide away from [default: nothing]")
     add("--seed", type=int, default=0, help="of the first picture; the next have the next seeds [default: 0]")
     add("--n", type=int, default=1, help="pictures for each prompt [default: 1]")

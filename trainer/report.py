@@ -52,7 +52,7 @@ def page(run: RunDir) -> str:
 def _summary(run: RunDir, args: dict[str, Any]) -> str:
     steps = list(read_jsonl(run.metrics)) if run.metrics.is_file() else []
     rows = {
-        "Trigger": args["data"]["trigger"],
+        "Trigger": _triggers(args["data"]),
         "Base": args["model"]["base"],
         "Steps": f"{steps[-1]['step'] if steps else 0} of {args['runtime']['steps']}",
         "Pictures": len(list(read_jsonl(run.dataset))) if run.dataset.is_file() else "unknown",
@@ -60,6 +60,12 @@ def _summary(run: RunDir, args: dict[str, Any]) -> str:
     }
     body = "".join(f"<tr><th>{key}</th><td>{html.escape(str(value))}</td></tr>" for key, value in rows.items())
     return f"<table>{body}</table>"
+
+
+def _triggers(data: dict[str, Any]) -> str:
+    """The trigger, or each folder's."""
+    concepts: dict[str, Any] = data.get("concepts", {})  # runs of earlier versions have none
+    return ", ".join(f"{concept['trigger']} ({folder})" for folder, concept in concepts.items()) or data["trigger"]
 
 
 def _pictures(run: RunDir) -> str:

@@ -20,7 +20,7 @@ from preprocess import maskers, source, upscalers
 from preprocess.captioners import CAPTIONERS
 from trainer import cache, checkpoint, concepts, console, environment, export, mixture, optim, registry, report
 from trainer.adapters import ADAPTERS
-from trainer.adapters.textual_inversion import TextualInversion
+from trainer.adapters.textual_inversion import Concept, TextualInversion
 from trainer.args import CaptionModelArgs, DataArgs, TrainArgs
 from trainer.dataset import Dataset, Item, Tags, load_mask, load_pixels, read_manifest
 from trainer.engine import Engine, EngineError
@@ -390,11 +390,22 @@ def _frozen(family: ModelFamily, adapters: Sequence[Adapter]) -> Predict:
 def _adapters(args: TrainArgs, items: Sequence[Item], parts: _Parts) -> list[Adapter]:
     adapters: list[Adapter] = []
     if args.text.tokens:
-        pictures = [load_pixels(item) for item in items] if args.text.init == "similarity" else None
-        adapters.append(TextualInversion(args.text, args.data.trigger, args.runtime.seed, pictures))
+        adapters.append(TextualInversion(args.text, _learned(args, items), args.runtime.seed))
     if parts.adapter is not None:
         adapters.append(parts.adapter(args.adapter, args.runtime.seed))
     return adapters
+
+
+def _learned(args: TrainArgs, items: Sequence[Item]) -> list[Concept]:
+    """What gets vectors: each trigger that pictures show. The first concept of a trigger says its init_words."""
+    learned: list[Concept] = []
+    own = [item for item in items if not item.regular]
+    for trigger in dict.fromkeys(concepts.trigger_of(item, args.data) for item in own):
+        of = [item for item in own if concepts.trigger_of(item, args.data) == trigger]
+        words = [c.init_words for c in args.data.concepts.values() if c.trigger == trigger and c.init_words]
+        pictures = [load_pixels(item) for item in of] if args.text.init == "similarity" else []
+        learned.append(Concept(trigger, words[0] if words else None, pictures))
+    return learned
 
 
 def _encode(

@@ -168,10 +168,10 @@ class HasLora(Protocol):
 class HasRows(Protocol):
     """An adapter that learned token vectors."""
 
-    trigger: str
+    triggers: tuple[str, ...]
 
-    def rows(self) -> Mapping[str, Tensor]:
-        """Text encoder's name -> [n, D]."""
+    def rows(self, trigger: str | None = None) -> Mapping[str, Tensor]:
+        """Text encoder's name -> [n, D]: of one trigger, or of all."""
         ...
 
 

@@ -1,6 +1,7 @@
-"""Textual inversion: vectors of their own for the trigger, joined to the frozen token table at lookup.
+"""Textual inversion: vectors of their own for each trigger, joined to the frozen token table at lookup.
 
-Only the new rows [n, D] exist as parameters (arXiv 2208.01618, without its reset of the old table).
+Only the new rows [n, D] exist as parameters (arXiv 2208.01618, without its reset of the old table): those of the
+first trigger, then those of the second, the triggers in the order of the alphabet.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import copy
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,24 +45,43 @@ class RowEmbedding(nn.Module):
         return torch.where(new.unsqueeze(-1), rows, old)
 
 
-class TextualInversion:
-    """Learns `args.tokens` vectors for `trigger` in every text encoder of a family.
+@dataclass(frozen=True)
+class Concept:
+    """What the vectors of one trigger start from."""
 
-    The trigger, where it stands as a word in a prompt, is replaced by placeholder tokens.
+    trigger: str
+    init_words: str | None = None  # None: those of the args
+    pictures: Sequence[Tensor] = ()  # [3, h, w] each, -1..1; needed by the similarity start alone
+
+
+class TextualInversion:
+    """Learns `args.tokens` vectors for each trigger in every text encoder of a family.
+
+    A trigger, where it stands as a word in a prompt, is replaced by its placeholder tokens.
     """
 
     component = "rows"
 
-    def __init__(self, args: TextArgs, trigger: str, seed: int, pictures: Sequence[Tensor] | None = None) -> None:
-        """`pictures` ([3, h, w] each, -1..1) are needed by the similarity start alone."""
+    def __init__(
+        self, args: TextArgs, trigger: str | Sequence[Concept], seed: int, pictures: Sequence[Tensor] | None = None
+    ) -> None:
+        """Learns for one trigger or for several concepts, no two of which share a trigger.
+
+        Args:
+            pictures: those of a single trigger, as `Concept.pictures`.
+        """
         if args.tokens < 1:
             raise ValueError(f"text.tokens is {args.tokens}; textual inversion needs at least 1")
+        concepts = [Concept(trigger, pictures=pictures or ())] if isinstance(trigger, str) else trigger
         self.args = args
-        self.trigger = trigger
-        self.placeholders = [f"<concept-{i}>" for i in range(args.tokens)]
-        self._word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
+        self._concepts = sorted(concepts, key=lambda concept: concept.trigger)
+        self.triggers = tuple(concept.trigger for concept in self._concepts)
+        if not self.triggers or len(set(self.triggers)) < len(self.triggers):
+            raise ValueError(f"textual inversion needs triggers that differ, and got {self.triggers}")
+        self.placeholders = [f"<concept-{i}>" for i in range(args.tokens * len(self.triggers))]
+        longest_first = "|".join(re.escape(word) for word in sorted(self.triggers, key=len, reverse=True))
+        self._word = re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)")
         self._seed = seed
-        self._pictures = pictures
         self._on = True
         self._family: ModelFamily | None = None
         self._embeddings: dict[str, RowEmbedding] = {}
@@ -96,11 +117,10 @@ class TextualInversion:
         self._family, self._embeddings, self._tokenizers, self._targets = None, {}, {}, {}
 
     def expand(self, prompt: str) -> str:
-        """The prompt with the trigger, as a word, replaced by its placeholder tokens."""
+        """The prompt with each trigger, as a word, replaced by its placeholder tokens."""
         if not self._on:
             return prompt
-        tokens = "".join(self.placeholders)
-        return self._word.sub(lambda _: tokens, prompt)
+        return self._word.sub(lambda found: "".join(self.placeholders[self._place(found[0])]), prompt)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Rows by the name that `attach` gave them (detached, sharing memory)."""
@@ -135,14 +155,22 @@ class TextualInversion:
         terms = [std_penalty(e.rows, self._targets[key].to(e.rows.device)) for key, e in self._embeddings.items()]
         return self.args.std_weight * torch.stack(terms).mean()
 
-    def rows(self) -> Mapping[str, Tensor]:
-        """Text encoder -> [n, D], for export."""
-        return {key: embedding.rows.detach() for key, embedding in self._embeddings.items()}
+    def rows(self, trigger: str | None = None) -> Mapping[str, Tensor]:
+        """Text encoder -> [n, D], for export: of one trigger, or of all, one after the other."""
+        place = slice(None) if trigger is None else self._place(trigger)
+        return {key: embedding.rows.detach()[place] for key, embedding in self._embeddings.items()}
 
-    def _with_placeholders(self, tokenizer: Any) -> Any:
+    def _place(self, trigger: str) -> slice:
+        """Where the rows of a trigger are."""
+        first = self.triggers.index(trigger) * self.args.tokens
+        return slice(first, first + self.args.tokens)
+
+    def _with_placeholders(self, tokenizer: Any, count: int | None = None) -> Any:
+        """A copy of the tokenizer that knows the placeholders, or the first `count` of them."""
+        placeholders = self.placeholders[:count]
         grown = copy.deepcopy(tokenizer)
-        grown.add_tokens([AddedToken(token, normalized=False) for token in self.placeholders])
-        ids: list[int] = grown.convert_tokens_to_ids(self.placeholders)
+        grown.add_tokens([AddedToken(token, normalized=False) for token in placeholders])
+        ids: list[int] = grown.convert_tokens_to_ids(placeholders)
         if ids != list(range(len(tokenizer), len(tokenizer) + len(ids))):
             raise BaseModelError(f"the base's tokenizer knows {self.placeholders[0]} already; it cannot be trained on")
         return grown
@@ -151,24 +179,33 @@ class TextualInversion:
         """[n, D] float32 on the CPU, by `args.init`."""
         text: Any = family.text_encoders[key]
         table: Tensor = text.get_input_embeddings().weight.detach().float().cpu()
-        if self.args.init == "words" or (self.args.init == "similarity" and self.args.init_words):
-            rows = word_rows(table, family.tokenizers[key], self.args.init_words or "", self.args.tokens)
-        else:
-            rows = random_rows(table, self.args.tokens, self._seed)
+        drawn = random_rows(table, len(self.placeholders), self._seed)
+        return torch.cat(
+            [
+                self._own_start(concept, drawn[self._place(concept.trigger)], key, family, table)
+                for concept in self._concepts
+            ]
+        )
+
+    def _own_start(self, concept: Concept, drawn: Tensor, key: str, family: ModelFamily, table: Tensor) -> Tensor:
+        """The rows of one concept; `drawn` are its random ones."""
+        words, tokens = concept.init_words or self.args.init_words or "", self.args.tokens
+        if self.args.init == "words" or (self.args.init == "similarity" and words):
+            drawn = word_rows(table, family.tokenizers[key], words, tokens)
         if self.args.init != "similarity":
-            return rows
+            return drawn
         if key not in family.clip_folders:
             raise BaseModelError(
                 f"text.init is similarity, but the base has no CLIP for its {key}; "
                 "take init random or words, or put a CLIPModel that shares the text tower into the base's clip folder"
             )
-        if not self._pictures:
+        if not concept.pictures:
             raise ValueError("text.init is similarity, which needs the training pictures, and none were given")
-        grown = self._with_placeholders(family.tokenizers[key])
-        prompt = "a photo of " + "".join(self.placeholders)
+        grown = self._with_placeholders(family.tokenizers[key], tokens)
+        prompt = "a photo of " + "".join(self.placeholders[:tokens])
         ids = torch.tensor([grown(prompt).input_ids[: grown.model_max_length]])
         return approach_pictures(
-            family.clip_folders[key], rows, ids, self._pictures, end_id=grown.eos_token_id, wrap=RowEmbedding
+            family.clip_folders[key], drawn, ids, concept.pictures, end_id=grown.eos_token_id, wrap=RowEmbedding
         )
 
 
