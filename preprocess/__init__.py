@@ -81,6 +81,7 @@ def _made(
         mask_sources=data.mask.sources if data.masks else (),
         limits=limits,
         private_urls=data.private_urls,
+        hub=data.hub,
         caption_lines=data.caption_lines,
         embedded_captions=data.embedded_captions,
         all_captioned=data.captioner == "sidecar",

@@ -159,7 +159,9 @@ class CaptionFiles:
         names = (before + ending for ending in SIDECARS)
         found = (self._files.get(name) or self._files.get(name.lower()) for name in names)
         sidecars = tuple(file for file in found if file)
-        return Near(path, sidecars, self._rows.get(path), self._limits.caption_bytes, self._lines, self._inside)
+        own = self._files.get(path)
+        told = Own(own.captions, own.captions_from) if own and own.captions else None
+        return Near(path, sidecars, self._rows.get(path) or told, self._limits.caption_bytes, self._lines, self._inside)
 
     def check(self, items: Iterable[Item]) -> None:
         """Raises PreprocessError when a table leaves out pictures of its folder, and nothing else captions them."""

@@ -23,6 +23,7 @@ from preprocess.picture import decode
 from preprocess.source import SourceFile, in_memory, opened, shown_all
 from preprocess.stagecache import Ledger, StageKey, digest
 from preprocess.types import Item, Limits, PictureError, PreprocessError, Skipped
+from trainer.args import HubArgs
 from trainer.rundir import RunDir, atomic_write
 
 VERSION = 2  # raise it when the same source would give other pixels or names
@@ -39,6 +40,7 @@ def ingest(
     mask_sources: Sequence[str] = (),
     limits: Limits | None = None,
     private_urls: bool = False,
+    hub: HubArgs | None = None,
     caption_lines: bool = False,
     embedded_captions: bool = False,
     all_captioned: bool = False,
@@ -53,6 +55,7 @@ def ingest(
         mask_sources: where masks are looked for (`maskers.FROM_SOURCE`; others are left to a later stage). A picture
             whose mask is damaged is skipped, one without a mask is kept.
         private_urls: URLs may lead into private networks.
+        hub: which part of a data set on the hub is read.
         caption_lines: each line of x.txt is a caption of its own.
         embedded_captions: a picture with no caption in a file may have one inside, in EXIF or PNG text.
         all_captioned: a table of captions must have all pictures beside it.
@@ -64,7 +67,7 @@ def ingest(
     limits = limits or Limits.model_validate({})
     crew = crew or Crew(workers=0)
     with (
-        opened(source, limits, private_urls=private_urls, scratch=out) as files,
+        opened(source, limits, private_urls=private_urls, scratch=out, hub=hub) as files,
         Ledger(RunDir(out).kept, "ingest") as ledger,
     ):
         without_captions = [file for file in files if not _sidecar(file.path)]

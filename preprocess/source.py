@@ -17,9 +17,11 @@ from typing import IO, Any, cast
 
 from preprocess.archive import tar_files, zip_files
 from preprocess.fetch import download, is_url, shown
+from preprocess.hub import dataset_id, hub_files
 from preprocess.picture import looks_like_picture
 from preprocess.types import Limits, PictureError, PreprocessError, SourceFile
 from preprocess.unpack import Kind, has_zip, kind, unpacked
+from trainer.args import HubArgs
 
 __all__ = ["LEFT_OUT", "SourceFile", "in_memory", "kept", "named", "opened", "shown_all"]
 
@@ -41,27 +43,34 @@ class _Opening:
     private: bool
     scratch: Path | None
     stack: ExitStack
+    hub: HubArgs
 
 
 @contextmanager
 def opened(
-    source: str, limits: Limits, *, private_urls: bool = False, scratch: Path | None = None
+    source: str,
+    limits: Limits,
+    *,
+    private_urls: bool = False,
+    scratch: Path | None = None,
+    hub: HubArgs | None = None,
 ) -> Generator[list[SourceFile]]:
     """The files of a source in the order of their paths; hidden and system files are left out.
 
     Of several sources, the paths of each begin with a folder of its own.
 
     Args:
-        source: folder, picture, archive or URL; or several, as `a|b` or a JSON list.
+        source: folder, picture, archive, URL or data set of the hub; or several, as `a|b` or a JSON list.
         private_urls: URLs may lead into private networks.
         scratch: folder for temporary files [default: the system's].
+        hub: which part of a data set is read.
 
     Raises:
         PreprocessError: nothing is there, it is of no known kind, or it is hostile.
     """
     sources = named(source, limits)
     with ExitStack() as stack:
-        opening = _Opening(limits, private_urls, scratch, stack)
+        opening = _Opening(limits, private_urls, scratch, stack, hub or HubArgs.model_validate({}))
         if len(sources) == 1:
             yield _visible(_files(sources[0], opening))
             return
@@ -149,6 +158,9 @@ def _folders(sources: list[str]) -> list[str]:
 
 
 def _files(source: str, opening: _Opening) -> list[SourceFile]:
+    dataset = None if _exists(source) else dataset_id(source)
+    if dataset:
+        return hub_files(dataset, opening.hub, opening.limits, opening.scratch, opening.stack)
     if is_url(source):
         if source.endswith(LEFT_OUT):
             raise PreprocessError(

@@ -31,6 +31,8 @@ class SourceFile:
 
     path: str
     read: Callable[[], bytes]  # raises PictureError
+    captions: tuple[str, ...] = ()  # that the source has for it in no file, each on one line
+    captions_from: str = ""  # what a person calls the place
     anywhere: bool = False  # `read` can be sent to another process and works there
 
 

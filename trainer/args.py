@@ -40,6 +40,22 @@ class LimitsArgs(Section):
     slowest: int = Field(1000, ge=0, description="bytes a second; a download slower than this on average is given up")
 
 
+class HubArgs(Section):
+    """What is read of a data set on the Hugging Face hub. Its token is never here: the hub client knows HF_TOKEN."""
+
+    subset: str | None = Field(None, description="the data set's configuration, where it has several")
+    split: str = Field("train", min_length=1, description="which of its splits")
+    revision: str | None = Field(None, description="commit, branch or tag of the data set [default: its newest]")
+    image: str | None = Field(None, description="column of the pictures [default: the only one]")
+    caption: str | None = Field(
+        None, description="column of the captions [default: text, caption, captions, prompt, txt or json]"
+    )
+    take: int | None = Field(None, ge=1, description="rows, from the first [default: all]")
+    streaming: bool = Field(
+        False, description="read rows as they come, and download no more of them; else all is kept in the hub's cache"
+    )
+
+
 class CaptionModelArgs(Section):
     """The model of a captioner, which looks at pictures. It is loaded for its stage only, and freed after it."""
 
@@ -216,8 +232,11 @@ class AugmentArgs(Section):
 
 class DataArgs(Section):
     source: str = Field(
-        description="folder, picture, .zip, .tar(.gz, .bz2, .xz, .zst), http(s) URL of one, or several with | between "
-        "them or as a JSON list; x.txt beside x.png is its caption"
+        description="folder, picture, .zip, .tar(.gz, .bz2, .xz, .zst), http(s) URL of one, hf://datasets/owner/name "
+        "of the Hugging Face hub, or several with | between them or as a JSON list; x.txt beside x.png is its caption"
+    )
+    hub: HubArgs = Field(
+        default_factory=lambda: HubArgs.model_validate({}), description="which part of a data set on the hub is read"
     )
     private_urls: bool = Field(False, description="let a URL lead to addresses inside private networks")
     limits: LimitsArgs = Field(
