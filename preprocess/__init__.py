@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from preprocess import buckets, captions, dedupe, masks, sheet, trigger, upscale
+from preprocess import buckets, captions, dedupe, masks, rewrite, sheet, trigger, upscale
 from preprocess import ingest as ingestion
 from preprocess.crew import Crew
 from preprocess.ingest import FEWEST, ingest
@@ -96,12 +96,14 @@ def _made(
         crew.share.barrier()  # models run on the first process alone; the others find in the cache what it found
     told = captions.captioned(trigger.assigned(found, data), out_dir, data)
     untriggered = [item.source for item in told if not trigger.named(item.caption, item.trigger)]
-    captioned = trigger.triggered(told, data)
+    rewrites, asked = rewrite.rewritten(told, out_dir, data) if data.rewrite == "model" else ({}, [])
+    captioned = trigger.triggered(told, data, rewrites)
     masked, notes = masks.masked(captioned, out_dir, data.mask) if data.masks else (captioned, [])
     masked, enlarged = upscale.upscaled(masked, out_dir, data, allowed)
     notes += enlarged
     if crew.share.first:
         crew.share.barrier()
+    notes = [*asked, *notes]
     items = tuple(buckets.bucketed(item, *allowed) for item in masked)
     if data.crop == "mask":
         items = buckets.focused(items, out_dir, crew)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from preprocess.types import Item, PreprocessError
 from trainer.args import DataArgs
@@ -18,6 +19,9 @@ PEOPLE = ("person", "woman", "man", "girl", "boy", "lady", "guy", "gentleman", "
           "face", "portrait of someone", "someone")  # fmt: skip
 _SHOWN = 10  # captions whose change is logged
 _NAMED = 10  # folders, or pictures, that a message names
+
+Rewrites = Mapping[tuple[str, str, str], str]  # caption, trigger, mode -> the caption that names the trigger
+_NONE: Rewrites = MappingProxyType({})
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +53,13 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
-def triggered(items: Sequence[Item], data: DataArgs) -> list[Item]:
-    """The items with the trigger, the prefix and the suffix in all of their captions; says what it changed."""
-    after = [_item(item, data.of(item.folder)) for item in items]
+def triggered(items: Sequence[Item], data: DataArgs, rewrites: Rewrites = _NONE) -> list[Item]:
+    """The items with the trigger, the prefix and the suffix in all of their captions; says what it changed.
+
+    Args:
+        rewrites: what `preprocess.rewrite` found; the rules are for the other captions.
+    """
+    after = [_item(item, data.of(item.folder), rewrites) for item in items]
     changed = [
         (item.source, old, new)
         for item, done in zip(items, after, strict=True)
@@ -65,17 +73,28 @@ def triggered(items: Sequence[Item], data: DataArgs) -> list[Item]:
     return after
 
 
-def _item(item: Item, data: DataArgs) -> Item:
-    captions = tuple(with_trigger(caption, data) for caption in item.captions)
-    return replace(item, captions=captions, caption=captions[0] if captions else with_trigger(item.caption, data))
+def _item(item: Item, data: DataArgs, rewrites: Rewrites) -> Item:
+    captions = tuple(with_trigger(caption, data, rewrites) for caption in item.captions)
+    first = captions[0] if captions else with_trigger(item.caption, data, rewrites)
+    return replace(item, captions=captions, caption=first)
 
 
-def with_trigger(caption: str, data: DataArgs) -> str:
+def with_trigger(caption: str, data: DataArgs, rewrites: Rewrites = _NONE) -> str:
     """The caption as it is trained. One that names the trigger already is left as it is, but for prefix and suffix."""
-    prefix, suffix = (text.replace("{trigger}", data.trigger) for text in (data.prefix, data.suffix))
-    if not named(f"{prefix} {caption} {suffix}", data.trigger):
-        caption = _placed(caption, data)
+    prefix, suffix = _around(data)
+    if lacks(caption, data):
+        caption = rewrites.get((caption, data.trigger, data.mode)) or _placed(caption, data)
     return " ".join(part for part in (prefix.strip(), caption, suffix.strip()) if part)
+
+
+def lacks(caption: str, data: DataArgs) -> bool:
+    """Whether the trigger has to be put in: neither the caption nor what goes around it names it."""
+    prefix, suffix = _around(data)
+    return not named(f"{prefix} {caption} {suffix}", data.trigger)
+
+
+def _around(data: DataArgs) -> tuple[str, str]:
+    return data.prefix.replace("{trigger}", data.trigger), data.suffix.replace("{trigger}", data.trigger)
 
 
 def named(caption: str, trigger: str) -> bool:

@@ -107,6 +107,23 @@ class PersonArgs(Section):
     labels: tuple[str, ...] = Field(("person",), min_length=1, description="which of the model's labels count")
 
 
+class TriggerModelArgs(Section):
+    """The chat model of data.rewrite model. It is loaded for its stage only, and freed after it."""
+
+    base: str | None = Field(
+        None, description="folder or hub id of an instruct model [default: Qwen2.5-0.5B-Instruct at a pinned revision]"
+    )
+    revision: str | None = Field(
+        None, description="commit or tag of base, needed where that is a hub id: else captions could not be repeated"
+    )
+    keeps: Probability = Field(
+        0.7, ge=0.0, le=1.0, description="share of a caption's words that an answer must keep, in their order"
+    )
+    batch_size: int = Field(8, ge=1, le=1024, description="captions asked about at once")
+    tokens: int = Field(160, ge=1, le=4096, description="tokens of an answer at most; a longer one is not used")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where it runs; auto takes a GPU")
+
+
 class MaskArgs(Section):
     """Where masks come from, once data.masks is on."""
 
@@ -281,6 +298,14 @@ class DataArgs(Section):
         description="where a caption that lacks the trigger gets it: first; for object and face instead of the first "
         "class word that it names; for style in the style of it, at the end",
     )
+    rewrite: Literal["rules", "model"] = Field(
+        "rules",
+        description="who puts the trigger where the mode wants it: rules, or a chat model whose answers are checked, "
+        "with the rules for what fails",
+    )
+    trigger_model: TriggerModelArgs = Field(
+        default_factory=lambda: TriggerModelArgs.model_validate({}), description="the model of data.rewrite model"
+    )
     keep_class: bool = Field(False, description="write the trigger before the class word, not instead of it")
     prefix: str = Field("", description="put before every caption; {trigger} stands for the trigger")
     suffix: str = Field("", description="put after every caption; {trigger} stands for the trigger")
@@ -366,6 +391,8 @@ class DataArgs(Section):
         unseeing = self.captioner in ("sidecar", "none", "filename")
         if unseeing and self.caption_model != CaptionModelArgs.model_validate({}):
             raise ValueError(f"data.caption_model is given, but data.captioner {self.captioner} uses no model")
+        if self.rewrite == "rules" and self.trigger_model != TriggerModelArgs.model_validate({}):
+            raise ValueError("data.trigger_model is given, but data.rewrite is rules, which use no model")
         if self.recaption and self.captioner in ("sidecar", "none"):
             raise ValueError(f"data.recaption is on, but data.captioner {self.captioner} writes no captions")
         if (self.caption_lines or self.embedded_captions) and (self.recaption or self.captioner == "none"):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from preprocess.captioners import CAPTIONERS
 from trainer import cache, checkpoint, concepts, console, environment, export, mixture, optim, registry, report
 from trainer.adapters import ADAPTERS
 from trainer.adapters.textual_inversion import Concept, TextualInversion
-from trainer.args import CaptionModelArgs, DataArgs, TrainArgs
+from trainer.args import CaptionModelArgs, DataArgs, TrainArgs, TriggerModelArgs
 from trainer.dataset import Dataset, Item, Tags, load_mask, load_pixels, read_manifest
 from trainer.engine import Engine, EngineError
 from trainer.hooks import HOOKS, Context, Hook
@@ -34,6 +34,8 @@ from trainer.rundir import RunDir, atomic_write
 from trainer.share import Share
 from trainer.types import Adapter, Cond, ModelFamily, Predict, Step
 from trainer.view import Augment
+
+_Model = TypeVar("_Model", CaptionModelArgs, TriggerModelArgs)
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +162,8 @@ def _located(args: TrainArgs) -> TrainArgs:
             "data": args.data.model_copy(
                 update={
                     "source": environment.located(args.data.source),
-                    "caption_model": _nearby(args.data),
+                    "caption_model": _nearby(args.data.caption_model),
+                    "trigger_model": _nearby(args.data.trigger_model),
                     **_models_nearby(args.data),
                 }
             ),
@@ -174,9 +177,9 @@ def _kept(args: TrainArgs) -> TrainArgs:
     return args.model_copy(update={"data": args.data.model_copy(update={"source": source.kept(args.data.source)})})
 
 
-def _nearby(data: DataArgs) -> CaptionModelArgs:
-    given = data.caption_model.model_dump(include={"base", "vocabulary"}, exclude_none=True)
-    return data.caption_model.model_copy(update={name: environment.located(path) for name, path in given.items()})
+def _nearby(options: _Model) -> _Model:
+    given = options.model_dump(include={"base", "vocabulary"}, exclude_none=True)
+    return options.model_copy(update={name: environment.located(path) for name, path in given.items()})
 
 
 def _models_nearby(data: DataArgs) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class _Chat(Generated):
             **model.GREEDY,
         )
         said = ids[:, inputs["input_ids"].shape[1] :].tolist()
-        stops = _stops(network)
+        stops = model.stops(network)
         return [
             whole(tokenizer.decode(row, skip_special_tokens=True), ended=bool(stops.intersection(row))) for row in said
         ]
@@ -180,11 +180,6 @@ def _templated(of: Any, chat: list[dict[str, Any]], picture: str) -> str:
             f"picture ({picture}), and it needs one"
         )
     return text
-
-
-def _stops(network: Any) -> set[int]:
-    ends = network.generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [ends])
 
 
 def whole(text: str, *, ended: bool) -> str:

@@ -157,3 +157,9 @@ def on_device(model: Any, device: str) -> Generator[Any]:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def stops(network: Any) -> set[int]:
+    """The tokens that end what the network writes."""
+    ends = network.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends])
