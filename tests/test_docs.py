@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bench import captions
 from preprocess import build
 from trainer.args import DataArgs, TrainArgs
 from trainer.run import opened
@@ -70,7 +71,15 @@ def test_the_run_directory_page_names_every_path() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/architecture.md", "docs/adding-a-part.md", "docs/run-directory.md", "docs/masks.md"]
+    "name",
+    [
+        "README.md",
+        "docs/architecture.md",
+        "docs/adding-a-part.md",
+        "docs/caption-accuracy.md",
+        "docs/run-directory.md",
+        "docs/masks.md",
+    ],
 )
 def test_paths_and_links_lead_somewhere(name: str) -> None:
     text = re.sub(r"<!--.*?-->", "", page(name), flags=re.DOTALL)
@@ -79,3 +88,10 @@ def test_paths_and_links_lead_somewhere(name: str) -> None:
         ROOT / found for found in re.findall(r"`((?:trainer|preprocess|tests|testbed|docs|presets)/[\w./-]*)`", text)
     ]
     assert not [str(path) for path in links + files if not path.resolve().exists()]
+
+
+def test_the_tables_of_the_captions_page_are_those_of_the_results() -> None:
+    text = page("docs/caption-accuracy.md")
+    assert captions.page(text) == text
+    assert captions.page(text.replace("| mushroom | 0.", "| mushroom | 1.")) == text
+    assert "| pivotal, captions by clip |" in captions.training_table()
