@@ -113,6 +113,8 @@ def test_what_is_no_resolution(given: object) -> None:
         ({"mode": "face", "flip": True}, "no face is symmetric"),
         ({"keep_sides": ["left"]}, "nothing is mirrored"),
         ({"flip": True, "keep_sides": ["left", " "]}, "empty word"),
+        ({"flip": True, "concepts": {"ann": {"trigger": "ANN", "mode": "face"}}}, "no face is symmetric"),
+        ({"caption_variants": 4}, "the caption as it is"),
     ],
 )
 def test_augmentation_that_would_do_nothing_or_harm_is_refused(data: dict[str, object], said: str) -> None:

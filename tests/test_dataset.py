@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageEnhance
 from small import items, latents
 
-from trainer.dataset import Dataset, DatasetError, Item, load_mask, load_pixels, read_manifest
+from trainer.dataset import Dataset, DatasetError, Item, Tags, forms, load_mask, load_pixels, read_manifest
 from trainer.types import Samples
 from trainer.view import PLAIN, Augment, label, sizes
 
@@ -112,6 +112,28 @@ def test_one_of_several_captions_is_drawn_by_index() -> None:
     assert set(drawn[pictures[2].name]) == {pictures[2].caption}
     again = Dataset(pictures, latents(pictures), **options)
     assert all(equal(again.micro(i), shown[i]) for i in (299, 0, 150))
+
+
+def test_varied_captions_come_from_a_few_forms_that_are_the_pictures_own() -> None:
+    tags = Tags(keep=1, shuffle=True, dropout=0.3, variants=3)
+    parts = "a TOK, " + ", ".join("bcdefghijk")
+    pictures = [replace(item, caption=parts, captions=()) for item in items([(32, 32)] * 2)]
+    pictures.append(replace(pictures[0], name="p2", sha256="c", captions=("one, two", "three, four, five")))
+    options: dict[str, Any] = {"batch_size": 3, "seed": 5, "tags": tags}
+    shown = [Dataset(pictures, latents(pictures), **options).micro(i) for i in range(120)]
+    drawn = {name: [dict(zip(s.names, s.captions, strict=True))[name] for s in shown] for name in shown[0].names}
+    for item in pictures:
+        assert set(drawn[item.name]) == set(forms(item, tags, 5))
+        assert set(drawn[item.name]) == set(forms(replace(item, name="renamed"), tags, 5))
+    counts = Counter(drawn["p0"])
+    assert len(counts) == 3
+    assert all(20 < count < 60 for count in counts.values())
+    assert set(drawn["p0"]) != set(drawn["p1"])
+    assert forms(pictures[0], tags, 6) != forms(pictures[0], tags, 5)
+    more = forms(pictures[0], replace(tags, variants=5), 5)
+    assert more[:3] == forms(pictures[0], tags, 5)
+    again = Dataset(pictures, latents(pictures), **options)
+    assert all(equal(again.micro(i), shown[i]) for i in (119, 0, 60))
 
 
 def test_pictures_are_mirrored_half_of_the_time_with_their_masks() -> None:

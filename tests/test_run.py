@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from trainer import cli, run
-from trainer.dataset import load_mask, load_pixels, read_manifest
+from trainer.dataset import Tags, forms, load_mask, load_pixels, read_manifest
 from trainer.models.sd15 import SD15
 from trainer.view import Augment, Version, label, sizes
 
@@ -143,3 +143,49 @@ def test_captions_are_encoded_once_before_training_and_a_resume_encodes_nothing(
         session.run.encode([""])
         assert asked == ["a caption that comes later"]
         assert not pixels
+
+
+@pytest.mark.parametrize("variants", [0, 1, 3])
+def test_shuffled_captions_are_cached_once_their_forms_are_few(
+    variants: int, tiny_base: Path, tiny_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n, text in enumerate(sorted(tiny_pictures.glob("*.txt"))):
+        text.write_text(f"a TOK, red, green, blue, star {n}", encoding="utf-8")
+    asked: list[str] = []
+    encode = SD15.encode
+    monkeypatch.setattr(SD15, "encode", lambda self, captions: asked.extend(captions) or encode(self, captions))
+    tree = {
+        "data": {"source": str(tiny_pictures), "shuffle_tags": True, "caption_variants": variants},
+        "model": {"base": str(tiny_base)},
+        "runtime": {"out": str(tmp_path / "out"), "name": "run", "steps": 10, "batch_size": 2, "device": "cpu"},
+    }
+    with run.opened(cli.validate(tree)) as session:
+        before = len(asked)
+        tags, items = Tags(shuffle=True, variants=variants), read_manifest(session.dir.dataset)
+        assert len(items) == 5
+        expected = {form for item in items for form in forms(item, tags, 0)} | {""}
+        assert sorted(asked) == sorted(expected if variants else [])
+        assert len(expected) > 3 * variants
+        for index in range(10):
+            captions = session.run.dataset.micro(index).captions
+            assert torch.equal(
+                session.run.encode(captions).hidden,
+                torch.cat([encode(session.run.family, [caption]).hidden for caption in captions]),  # type: ignore[arg-type]
+            )
+        assert (len(asked) == before) == bool(variants)
+
+
+def test_captions_that_hardly_any_step_shows_are_not_encoded_before_training(
+    tiny_base: Path, tiny_pictures: Path, tmp_path: Path
+) -> None:
+    for n, text in enumerate(sorted(tiny_pictures.glob("*.txt"))):
+        text.write_text(f"a TOK, red, green, blue, star {n}", encoding="utf-8")
+    tree = {
+        "data": {"source": str(tiny_pictures), "tag_dropout": 0.5, "caption_variants": 100},
+        "model": {"base": str(tiny_base)},
+        "runtime": {"out": str(tmp_path / "out"), "name": "run", "steps": 3, "batch_size": 2, "device": "cpu"},
+    }
+    with run.opened(cli.validate(tree)) as session:
+        assert not (session.dir.cache / "text").exists()
+        session.run.encode(session.run.dataset.micro(0).captions)
+    assert len(list((session.dir.cache / "text").iterdir())) == 1

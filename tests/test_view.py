@@ -95,6 +95,11 @@ def test_a_tighter_crop_counts_in_the_larger_picture_that_it_is_cut_from() -> No
     assert sizes(wide, replace(version, mirrored=True)) == (1200, 1600, 64, 896, 1024, 1024)
 
 
+def test_a_picture_that_a_model_enlarged_is_called_by_the_size_that_it_had() -> None:
+    wide = replace(item((1600, 1200), (1024, 1024)), original=(400, 300))
+    assert sizes(wide, PLAIN.version(wide)) == (300, 400, 0, 171, 1024, 1024)
+
+
 @pytest.mark.parametrize("size", [(1600, 1200), (1333, 999), (700, 701), (2000, 512)])
 def test_the_centred_crop_is_that_of_the_sdxl_script_of_diffusers(size: tuple[int, int]) -> None:
     short = min(size)

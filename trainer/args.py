@@ -370,6 +370,13 @@ class DataArgs(Section):
         description="share of what commas part in a caption that is left out at each showing; never the first "
         "keep_tags, and never one that names the trigger",
     )
+    caption_variants: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="forms of a caption that shuffle_tags and tag_dropout draw from, so that each is encoded once; 0 "
+        "makes a new one at each showing, and encodes it then",
+    )
     sheet: int = Field(500, ge=0, description="pictures on the contact sheet, those with a warning first; 0 makes none")
 
     @field_validator("resolution", mode="before")
@@ -399,6 +406,11 @@ class DataArgs(Section):
             raise ValueError(
                 "data.caption_lines and data.embedded_captions say how captions are read, but data.recaption or "
                 "captioner none leaves them unread"
+            )
+        if self.caption_variants and not self.varied:
+            raise ValueError(
+                f"data.caption_variants is {self.caption_variants}, but data.shuffle_tags and data.tag_dropout are "
+                "off: all of them would be the caption as it is"
             )
         return self
 

@@ -47,6 +47,7 @@ class Item:
     captions: tuple[str, ...] = ()  # where it has several, of which `caption` is the first: one is drawn each time
     trigger: str = ""  # of the concept that it shows, where the manifest says so
     regular: bool = False  # one of the regularisation set, which shows no concept
+    original: tuple[int, int] | None = None  # (width, height) before a model enlarged it; None where none did
 
 
 def read_manifest(path: Path) -> list[Item]:
@@ -69,6 +70,7 @@ def _item(record: Mapping[str, Any], root: Path) -> Item:
     width, height = record["bucket"]
     mask = record["mask"]
     left, top = record.get("centering", (0.5, 0.5))
+    original = record.get("original")
     return Item(
         file=root / record["file"],
         name=str(record["name"]),
@@ -83,6 +85,7 @@ def _item(record: Mapping[str, Any], root: Path) -> Item:
         captions=tuple(str(caption) for caption in record.get("captions", ())),
         trigger=str(record.get("trigger", "")),
         regular=bool(record.get("regular", False)),
+        original=None if original is None else (int(original[0]), int(original[1])),
     )
 
 
@@ -193,10 +196,9 @@ class Dataset:
         latents = [self._latents[label(item.name, v.number, mirrored=v.mirrored)] for item, v in pairs]
         captions = [_drawn(item, derive(self._seed, "caption", index, row)) for row, item in enumerate(chosen)]
         if self._tags is not None:
-            seeds = [derive(self._seed, "tags", index, row) for row in range(len(chosen))]
             captions = [
-                varied(caption, self._tags, item.trigger, seed)
-                for caption, item, seed in zip(captions, chosen, seeds, strict=True)
+                varied(caption, self._tags, item.trigger, self._tags_seed(self._tags, item, index, row))
+                for row, (caption, item) in enumerate(zip(captions, chosen, strict=True))
             ]
         return Samples(
             latents=torch.stack(latents),
@@ -241,6 +243,14 @@ class Dataset:
             number = int(torch.randint(self._augment.variants + 1, (), generator=generator))
         return self._augment.version(item, number, mirrored=half and item.name in self._flip)
 
+    def _tags_seed(self, tags: Tags, item: Item, index: int, row: int) -> int:
+        """What decides how the caption in this place is varied: the place, or one of the picture's few variants."""
+        place = derive(self._seed, "tags", index, row)
+        if not tags.variants:
+            return place
+        number = int(torch.randint(tags.variants, (), generator=torch.Generator().manual_seed(place)))
+        return _variant_seed(self._seed, item, number)
+
     def _mask(self, pairs: Sequence[tuple[Item, Version]], latents: Sequence[Tensor]) -> Tensor | None:
         """[B, 1, H, W], ones for a picture without a mask; None when no picture of the dataset has one."""
         if not self._masks:
@@ -265,6 +275,7 @@ class Tags:
     keep: int = 1  # first parts that nothing happens to
     shuffle: bool = False
     dropout: float = 0.0  # share of the other parts that is left out
+    variants: int = 0  # forms of a caption that are drawn from; 0 makes a new one each time
 
 
 def varied(caption: str, tags: Tags, trigger: str, seed: int) -> str:
@@ -282,6 +293,24 @@ def varied(caption: str, tags: Tags, trigger: str, seed: int) -> str:
             if chance >= tags.dropout or (named is not None and named.search(part))
         ]
     return ", ".join([*first, *rest])
+
+
+def forms(item: Item, tags: Tags | None, seed: int) -> list[str]:
+    """Every caption that the picture can be shown with, dropout aside.
+
+    Args:
+        tags: with variants, or None: without a bound on them there are too many.
+        seed: the dataset's.
+    """
+    captions = item.captions or (item.caption,)
+    if tags is None:
+        return list(captions)
+    seeds = [_variant_seed(seed, item, number) for number in range(tags.variants)]
+    return [varied(caption, tags, item.trigger, variant) for caption in captions for variant in seeds]
+
+
+def _variant_seed(seed: int, item: Item, number: int) -> int:
+    return derive(seed, "caption variant", item.sha256, number)
 
 
 def _drawn(item: Item, seed: int) -> str:

@@ -22,7 +22,7 @@ from trainer import cache, checkpoint, concepts, console, environment, export, m
 from trainer.adapters import ADAPTERS
 from trainer.adapters.textual_inversion import Concept, TextualInversion
 from trainer.args import CaptionModelArgs, DataArgs, TrainArgs, TriggerModelArgs
-from trainer.dataset import Dataset, Item, Tags, load_mask, load_pixels, read_manifest
+from trainer.dataset import Dataset, Item, Tags, forms, load_mask, load_pixels, read_manifest
 from trainer.engine import Engine, EngineError
 from trainer.hooks import HOOKS, Context, Hook
 from trainer.hooks.checkpoints import Checkpoints, digest, fixed
@@ -359,7 +359,7 @@ def _dataset(
 
 
 def _tags(data: DataArgs) -> Tags | None:
-    return Tags(data.keep_tags, data.shuffle_tags, data.tag_dropout) if data.varied else None
+    return Tags(data.keep_tags, data.shuffle_tags, data.tag_dropout, data.caption_variants) if data.varied else None
 
 
 def _flipped(data: DataArgs, items: Sequence[Item]) -> frozenset[str]:
@@ -420,14 +420,21 @@ def _encode(
     share: Share,
 ) -> Callable[[Sequence[str]], Cond]:
     """Text is encoded live only while its rows are trained, or while its captions are hardly ever the same."""
-    if args.text.tokens or args.data.varied:
+    if args.text.tokens or (args.data.varied and not args.data.caption_variants):
         return family.encode
     text = cache.TextCache(run_dir.cache / "text", family, device)
     priors = concepts.priors(args.data, items) if args.objective.prior_weight else {}
-    captions = [caption for item in items for caption in item.captions or (item.caption,)]
+    own = (form for item in items for form in forms(item, _tags(args.data), args.runtime.seed))
     dropped = [""] if args.data.caption_dropout else []
-    text.prepare([*captions, *(caption for some in priors.values() for caption in some), *dropped], share)
+    captions = list(dict.fromkeys([*own, *(caption for some in priors.values() for caption in some), *dropped]))
+    if len(captions) <= max(len(items), _showings(args) * share.processes):  # else many would never be shown
+        text.prepare(captions, share)
     return text
+
+
+def _showings(args: TrainArgs) -> int:
+    """Pictures that one process is shown in the run."""
+    return (args.runtime.steps or 0) * args.runtime.accumulate * args.runtime.batch_size
 
 
 def _curve(section: Any) -> Callable[[float], float]:

@@ -29,6 +29,11 @@ class Picture(Protocol):
         ...
 
     @property
+    def original(self) -> tuple[int, int] | None:
+        """(width, height) before a model enlarged it; None where none did."""
+        ...
+
+    @property
     def centering(self) -> tuple[float, float]:
         """Share of what is cut off that goes left, at the top."""
         ...
@@ -103,16 +108,17 @@ def sizes(picture: Picture, version: Version) -> tuple[int, int, int, int, int, 
     """Original height and width, crop top and left, target height and width, in pixels: SDXL's time ids, in its order.
 
     The convention is that of Stability's paper (SDXL, arXiv 2307.01952, section 2.2) and of diffusers' SDXL training
-    script: original is the picture as it is, target the bucket, and the crop's corner is counted in the picture after
-    it was resized to cover the bucket, flipped first where it is mirrored. (sd-scripts counts the corner in a picture
-    that was resized to lie inside the bucket, so its numbers are other ones, zero or negative.) For a version that
-    shows a smaller box the resized picture is larger accordingly.
+    script: original is the picture as it is (as it was, where a model enlarged it), target the bucket. The crop's
+    corner is counted in the picture after it was resized to cover the bucket, and flipped first where it is mirrored.
+    (sd-scripts counts the corner in a picture that was resized to lie inside the bucket, so its numbers are other
+    ones, zero or negative.) For a version that shows a smaller box the resized picture is larger accordingly.
     """
     left, top, right, bottom = version.box
     width, height = picture.bucket
     cut = picture.width - right if version.mirrored else left
     across, down = round(cut * width / (right - left)), round(top * height / (bottom - top))
-    return picture.height, picture.width, max(0, down), max(0, across), height, width
+    own_width, own_height = picture.original or (picture.width, picture.height)
+    return own_height, own_width, max(0, down), max(0, across), height, width
 
 
 def label(name: str, number: int = 0, *, mirrored: bool = False) -> str:
