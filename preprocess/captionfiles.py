@@ -1,4 +1,4 @@
-"""The captions that come with pictures: x.txt beside x.png, tables of a whole folder, text inside the picture.
+"""The captions that come with pictures: x.txt or x.json beside x.png, tables of a folder, text inside the picture.
 
 A table is metadata.jsonl, metadata.csv, captions.csv, caption.csv, captions.jsonl or caption.jsonl. Each of its rows
 has file_name (or image_file), relative to the table's folder, and text (or caption). Several rows for one picture, or
@@ -20,7 +20,8 @@ from unicodedata import category
 from preprocess.types import Item, Limits, PictureError, PreprocessError, SourceFile
 
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.csv", "caption.csv", "captions.jsonl", "caption.jsonl")
-SIDECARS = (".txt", ".caption")
+SIDECARS = (".txt", ".caption", ".json")
+NAMES = ("text", "caption", "captions", "prompt", "txt", "json")  # of captions in data sets; the first counts
 
 _FILE = ("file_name", "image_file")
 _TEXT = ("text", "caption")
@@ -67,7 +68,8 @@ class Near:
         captions = self._sidecar(first)
         if not captions:
             return self.row
-        others = [file.path for file in self.sidecars[1:]] + ([self.row.source] if self.row else [])
+        texts = [file.path for file in self.sidecars[1:] if not _is_json(file.path)]  # which often says the same
+        others = texts + ([self.row.source] if self.row else [])
         if others:
             _log.warning("%s: its caption is taken from %s, not from %s", self.path, first.path, " or ".join(others))
         return Own(captions, first.path)
@@ -75,6 +77,8 @@ class Near:
     def _sidecar(self, file: SourceFile) -> tuple[str, ...]:
         try:
             content = file.read()
+            if _is_json(file.path):
+                return self._in_json(content)
             if len(content) > self.most:
                 raise PictureError(
                     f"it has {len(content)} bytes, and {self.most} are allowed (data.limits.caption_bytes)"
@@ -84,6 +88,17 @@ class Near:
             raise PictureError(f"its caption {file.path} cannot be used: {error}") from error
         lines = text.splitlines() if self.lines else [text]
         return tuple(caption for line in lines if (caption := tidy(line)))
+
+    def _in_json(self, content: bytes) -> tuple[str, ...]:
+        """The captions under the usual names; none in JSON that is about something else."""
+        try:
+            found = texts(json.loads(content))
+        except (ValueError, RecursionError) as error:
+            raise PictureError(f"it is no JSON: {error}") from error
+        captions = tuple(caption for text in found if (caption := tidy(text)))
+        if any(len(caption.encode()) > self.most for caption in captions):
+            raise PictureError(f"a caption has more than the {self.most} bytes allowed (data.limits.caption_bytes)")
+        return captions
 
 
 @dataclass
@@ -208,6 +223,22 @@ class CaptionFiles:
     def _picture(self, table: _Table, name: str) -> str | None:
         path = str(PurePosixPath(table.folder, name.replace("\\", "/")))
         return self._pictures.get(path) or self._pictures.get(path.lower())
+
+
+def texts(value: Any) -> list[str]:
+    """The captions in JSON, or in a cell of a data set: a text, a list of them, or an object that names them."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [text for text in cast("list[Any]", value) if isinstance(text, str)]
+    if isinstance(value, dict):
+        cells = cast("dict[str, Any]", value)
+        return next((found for name in NAMES if (found := texts(cells.get(name)))), [])
+    return []
+
+
+def _is_json(path: str) -> bool:
+    return path.lower().endswith(".json")
 
 
 def tidy(text: str) -> str:

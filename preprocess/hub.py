@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from preprocess.captionfiles import tidy
+from preprocess.captionfiles import NAMES, texts, tidy
 from preprocess.types import Limits, PictureError, PreprocessError, SourceFile
 from trainer.args import HubArgs
 from trainer.extras import needed
@@ -28,7 +28,6 @@ from trainer.extras import needed
 PREFIX = "hf://datasets/"
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_CAPTIONS = ("text", "caption", "captions", "prompt", "txt", "json")  # the first that a data set has
 _NAME = "file_name"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif")
 # What the library lets through of the hub's answers, of damaged files and of options that fit nothing.
@@ -117,7 +116,7 @@ def _columns(name: str, features: Any, hub: HubArgs, library: Any) -> _Columns:
         )
     if hub.caption is not None and hub.caption not in have:
         raise PreprocessError(f"data.hub.caption is {hub.caption!r}, and the columns are {_listed(have)}")
-    caption = hub.caption or next((column for column in _CAPTIONS if column in have), None)
+    caption = hub.caption or next((column for column in NAMES if column in have), None)
     return _Columns(hub.image or images[0], caption, _NAME if _NAME in have else None)
 
 
@@ -243,19 +242,7 @@ def _opener(name: str, library: Any) -> _Open:
 
 def _captions(row: _Row, columns: _Columns) -> tuple[str, ...]:
     cell = row.get(columns.captions) if columns.captions else None
-    return tuple(caption for text in _texts(cell) if (caption := tidy(text)))
-
-
-def _texts(value: Any) -> list[str]:
-    """The captions in a cell: a text, a list of them, or JSON with one of the usual names."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list):
-        return [text for text in cast("list[Any]", value) if isinstance(text, str)]
-    if isinstance(value, dict):
-        cells = cast("dict[str, Any]", value)
-        return next((texts for name in _CAPTIONS if (texts := _texts(cells.get(name)))), [])
-    return []
+    return tuple(caption for text in texts(cell) if (caption := tidy(text)))
 
 
 class _Paths:

@@ -28,7 +28,8 @@ __all__ = ["LEFT_OUT", "SourceFile", "in_memory", "kept", "named", "opened", "sh
 LEFT_OUT = "?***"  # behind a URL that was kept without its query
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*?(?=\"\s*[,\]]|\s*\||\s*$)", re.DOTALL)
 _JUNK = {"thumbs.db", "desktop.ini"}
-_SIDECARS = (".txt", ".caption", ".mask.png")
+_SIDECARS = (".txt", ".caption", ".json", ".mask.png")
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")  # shards, as in set-{000..010}.tar
 _KNOWN = "give a folder, a picture, a .zip, a .tar (also .gz, .bz2, .xz, .zst), or an http(s) URL of one"
 _WHY_NOT: dict[Kind, str] = {
     "7z": "is a 7z archive, which is not read here; pack it as .zip",
@@ -105,11 +106,26 @@ def named(source: str, limits: Limits) -> list[str]:
         found = [one.strip() for one in source.split("|")] if "|" in source else [source]
     if not found or not all(found):
         raise PreprocessError(f"data.source {shown_all(source)!r} names nothing, or has an empty part; {_KNOWN}")
+    found = [one for source in found for one in _spread(source, limits)]
     if len(found) > limits.sources:
         raise PreprocessError(
             f"data.source names {len(found)} sources, and {limits.sources} are allowed (data.limits.sources)"
         )
     return found
+
+
+def _spread(source: str, limits: Limits) -> list[str]:
+    """set-{000..010}.tar is eleven sources."""
+    found = _RANGE.search(source)
+    if not found or _exists(source):
+        return [source]
+    first, last = int(found[1]), int(found[2])
+    if not first <= last < first + limits.sources:
+        raise PreprocessError(
+            f"data.source has {found[0]}, which must rise, by no more than {limits.sources} (data.limits.sources)"
+        )
+    before, after = source[: found.start()], source[found.end() :]
+    return [f"{before}{n:0{len(found[1])}d}{after}" for n in range(first, last + 1)]
 
 
 def in_memory(file: SourceFile) -> tuple[SourceFile, int]:

@@ -123,6 +123,49 @@ def test_what_names_no_source(source: str, sentence: str) -> None:
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_captions_in_json_beside_their_pictures(tmp_path: Path, kind: str) -> None:
+    files = {
+        "0001.png": png("red"), "0001.json": b'{"key": "0001", "caption": "a red\\none", "width": 32}',
+        "0002.png": png("blue"), "0002.json": b'{"captions": ["a blue one", "blue"]}',
+        "0003.png": png("green"), "0003.json": b'{"caption": "unread"}', "0003.txt": b"a green one",
+        "0004.png": png("black"), "0004.json": b'{"width": 32, "text": null}',
+        "0005.png": png("white"), "0005.json": b"{",
+    }  # fmt: skip
+    source = tmp_path / "set"
+    if kind == "folder":
+        source.mkdir()
+        for name, content in files.items():
+            (source / name).write_bytes(content)
+    else:
+        content = tarred(*(entry(*file) for file in files.items())) if kind == "tar" else zipped(files)
+        source.write_bytes(content)
+    items, skipped = ingest(str(source), tmp_path / "run")
+    found = {item.source: (item.captions or (item.caption,), item.caption_from) for item in items}
+    assert {name: found[name] for name in found if name[0] == "0"} == {
+        "0001.png": (("a red one",), "0001.json"),
+        "0002.png": (("a blue one", "blue"), "0002.json"),
+        "0003.png": (("a green one",), "0003.txt"),
+        "0004.png": (("",), ""),
+    }
+    assert [skip.file for skip in skipped] == ["0005.png"]
+    assert skipped[0].reason.startswith("its caption 0005.json cannot be used: it is no JSON: ")
+
+
+def test_shards_are_named_by_a_range(tmp_path: Path) -> None:
+    for n in range(8, 12):
+        (tmp_path / f"set-{n:03d}.tar").write_bytes(entry(f"{n}.png", png()) + entry(f"{n}.txt", b"words"))
+    assert sorted(files_of(str(tmp_path / "set-{009..011}.tar"))) == [
+        "set-009/9.png", "set-009/9.txt", "set-010/10.png", "set-010/10.txt", "set-011/11.png", "set-011/11.txt",
+    ]  # fmt: skip
+    assert named("https://h/{8..9}.tar|b", LIMITS) == ["https://h/8.tar", "https://h/9.tar", "b"]
+    for wrong in ("set-{9..8}.tar", "set-{0..999999999}.tar"):
+        with pytest.raises(PreprocessError, match=r"must rise, by no more than 100 \(data\.limits\.sources\)"):
+            named(wrong, LIMITS)
+    with pytest.raises(PreprocessError, match=r"set-012\.tar' does not exist"):
+        files_of(str(tmp_path / "set-{011..012}.tar"))
+
+
 def test_a_name_with_a_bar_that_exists_is_one_source(tmp_path: Path) -> None:
     (tmp_path / "a|b").mkdir()
     assert named(str(tmp_path / "a|b"), LIMITS) == [str(tmp_path / "a|b")]
