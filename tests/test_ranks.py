@@ -205,7 +205,10 @@ def test_who_waits_for_one_that_failed_ends_with_its_status() -> None:
 
 
 def test_only_the_first_that_fails_speaks() -> None:
-    found = in_threads(HashStore(), *[lambda here: here.fails(1)] * 3)
+    def fail(here: Ranks) -> bool:
+        return here.fails(1)
+
+    found = in_threads(HashStore(), fail, fail, fail)
     assert sorted(found) == [False, False, True]
     assert Ranks().fails(1)
 
