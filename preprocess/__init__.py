@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from preprocess import buckets, captions, dedupe, masks, rewrite, sheet, trigger, upscale
+from preprocess import buckets, captions, dedupe, masks, regular, rewrite, sheet, trigger, upscale
 from preprocess import ingest as ingestion
 from preprocess.crew import Crew
 from preprocess.ingest import FEWEST, ingest
@@ -92,15 +92,19 @@ def _made(
         found, copies = dedupe.deduped(found, out_dir, bits=bits, crew=crew)
         _refuse_copies(found, copies)
         skipped += copies
+    ordinary, left_out, same = regular.regular(data, found, out_dir, limits, crew)
+    skipped += left_out
     if not crew.share.first:
         crew.share.barrier()  # models run on the first process alone; the others find in the cache what it found
-    told = captions.captioned(trigger.assigned(found, data), out_dir, data)
+    told = captions.captioned([*trigger.assigned(found, data), *ordinary], out_dir, data)
+    told, ordinary = told[: len(found)], told[len(found) :]
+    regular.check_captions(ordinary, data, sorted({item.trigger for item in told}))
     untriggered = [item.source for item in told if not trigger.named(item.caption, item.trigger)]
     rewrites, asked = rewrite.rewritten(told, out_dir, data) if data.rewrite == "model" else ({}, [])
     captioned = trigger.triggered(told, data, rewrites)
     masked, notes = masks.masked(captioned, out_dir, data.mask) if data.masks else (captioned, [])
-    masked, enlarged = upscale.upscaled(masked, out_dir, data, allowed)
-    notes += enlarged
+    masked, enlarged = upscale.upscaled([*masked, *ordinary], out_dir, data, allowed)
+    notes += [*same, *enlarged]
     if crew.share.first:
         crew.share.barrier()
     notes = [*asked, *notes]

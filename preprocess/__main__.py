@@ -142,7 +142,8 @@ def _told(report: Report, data: DataArgs) -> int:
     for fact in found.facts:
         print(fact)
     runtime = RuntimeArgs.model_validate({})
-    print(f"{runtime.updates(found.pictures)} steps of {runtime.batch_size} pictures, unless runtime.steps says else")
+    steps = runtime.updates(data.regularisation.showings(found.pictures))
+    print(f"{steps} steps of {runtime.batch_size} pictures, unless runtime.steps says else")
     for problem in found.problems:
         print(f"problem: {problem}")
     return 1 if found.problems else 0

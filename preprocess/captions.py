@@ -39,10 +39,7 @@ def captioned(items: Sequence[Item], root: Path, data: DataArgs) -> list[Item]:
     bare = [item for item in items if not item.caption]
     captioner = _captioner(data)
     written = dict(zip((item.name for item in bare), _written(captioner, bare, root, data), strict=True))
-    return [
-        item if item.caption else _filled(item, written[item.name], data.captioner, data.of(item.folder).own_caption)
-        for item in items
-    ]
+    return [item if item.caption else _filled(item, written[item.name], data) for item in items]
 
 
 def _captioner(data: DataArgs) -> Captioner:
@@ -53,9 +50,12 @@ def _captioner(data: DataArgs) -> Captioner:
     return kind(data.caption_model)
 
 
-def _filled(item: Item, text: str, captioner: str, default: str) -> Item:
-    caption = tidy(text)
-    return replace(item, caption=caption or default, caption_from=captioner if caption else "data.caption")
+def _filled(item: Item, text: str, data: DataArgs) -> Item:
+    if caption := tidy(text):
+        return replace(item, caption=caption, caption_from=data.captioner)
+    if item.regular:
+        return replace(item, caption=data.regularisation.caption or "", caption_from="data.regularisation.caption")
+    return replace(item, caption=data.of(item.folder).own_caption, caption_from="data.caption")
 
 
 def _written(captioner: Captioner, items: Sequence[Item], root: Path, data: DataArgs) -> list[str]:

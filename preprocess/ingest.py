@@ -37,6 +37,7 @@ def ingest(
     out: Path,
     *,
     folder: str = "cache/pictures",
+    prefix: str = "",
     mask_sources: Sequence[str] = (),
     limits: Limits | None = None,
     private_urls: bool = False,
@@ -52,6 +53,7 @@ def ingest(
         source: folder, picture, archive or URL, or several (`preprocess.source`). x.txt beside x.png is its
             caption, x.mask.png or masks/x.png its mask.
         out: where dataset.jsonl will be; items name their files relative to it.
+        prefix: what the names of the pictures begin with, so that those of two sources differ.
         mask_sources: where masks are looked for (`maskers.FROM_SOURCE`; others are left to a later stage). A picture
             whose mask is damaged is skipped, one without a mask is kept.
         private_urls: URLs may lead into private networks.
@@ -79,7 +81,8 @@ def ingest(
         find_mask = masks.OfSource(mask_sources, in_folders, limits)
         beside = _lookup(files) if "sidecar" in mask_sources else {}
         tasks: list[_Task] = []
-        for file, name in zip(pictures, _names(file.path for file in pictures), strict=True):
+        for file, stem in zip(pictures, _names(file.path for file in pictures), strict=True):
+            name = f"{prefix}{stem}"
             where = f"{folder}/{name}"
             mask = _OfMask(find_mask.only(file.path), _find(beside, file.path, ".mask.png")) if mask_sources else None
             tasks.append(_Task(name, where, file, captions.near(file.path), mask, ledger.get(where)))

@@ -247,6 +247,32 @@ class AugmentArgs(Section):
         return self
 
 
+class RegularisationArgs(Section):
+    """Ordinary pictures of the concepts' kinds, shown in turn with the concepts' own so that the kinds stay as they are
+    (the class pictures of DreamBooth, arXiv 2208.12242). No trigger is put into their captions."""
+
+    source: str | None = Field(None, description="where they are, as data.source [default: there are none]")
+    caption: str | None = Field(
+        None, description="caption for those that come without one: their kind (a photo of a dog); no trigger"
+    )
+    ratio: float = Field(
+        1.0, gt=0.0, le=100.0, description="showings of these pictures for each showing of a concept's picture"
+    )
+    weight: float = Field(1.0, ge=0.0, le=100.0, description="factor of their loss")
+
+    @model_validator(mode="after")
+    def _has_source(self) -> RegularisationArgs:
+        given = sorted(self.model_fields_set - {"source"})
+        changed = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+        if self.source is None and changed:
+            raise ValueError(f"{', '.join(changed)} would do nothing, because source names no pictures")
+        return self
+
+    def showings(self, pictures: int) -> int:
+        """Of an epoch of so many pictures of concepts, with those of these pictures that go with them."""
+        return pictures + (round(self.ratio * pictures) if self.source is not None else 0)
+
+
 class DataArgs(Section):
     source: str = Field(
         description="folder, picture, .zip, .tar(.gz, .bz2, .xz, .zst), http(s) URL of one, hf://datasets/owner/name "
@@ -272,6 +298,9 @@ class DataArgs(Section):
         description="several concepts at once, each with its own trigger, as folder=trigger, or as JSON with more of "
         'its options ({"dog": {"trigger": "TOK", "class_words": ["dog"]}}); . is the top folder, and pictures of '
         "folders that are not named have data.trigger",
+    )
+    regularisation: RegularisationArgs = Field(
+        default_factory=lambda: RegularisationArgs.model_validate({}), description="ordinary pictures of their kinds"
     )
     caption: str | None = Field(
         None,

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from preprocess.fetch import is_url
+from preprocess.source import named
 from trainer import cli, console, run
 from trainer.args import LimitsArgs
 from trainer.rundir import RunDir
@@ -38,6 +40,11 @@ def train(inputs: Mapping[str, Any]) -> Path:
     if args.data.private_urls or args.data.limits != LimitsArgs.model_validate({}):
         raise cli.CommandError(
             "data.private_urls and data.limits are for the operator of this server, not for its callers"
+        )
+    ordinary = args.data.regularisation.source
+    if ordinary is not None and not all(is_url(one) for one in named(ordinary, args.data.limits)):
+        raise cli.CommandError(
+            "data.regularisation.source must be an http(s) URL here: files of the server are not yours"
         )
     with console.shown(), run.opened(args, code=False) as session:
         for _ in session.steps():

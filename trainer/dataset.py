@@ -171,6 +171,7 @@ class Dataset:
         if not items:
             raise DatasetError("there are no pictures to train on")
         self._items = list(items)
+        self._regular = any(item.regular for item in self._items)
         self._latents, self._flip, self._masks, self._priors = latents, flip or (), masks, priors
         self._augment = augment
         self._batch_size, self._seed, self._caption_dropout = batch_size, seed, caption_dropout
@@ -226,8 +227,24 @@ class Dataset:
         size = self._batch_size
         stream: list[int] = []
         for epoch in range(round_ * size, (round_ + 1) * size):
-            stream += [members[i] for i in _permutation(len(members), derive(self._seed, "epoch", bucket, epoch))]
+            seed = derive(self._seed, "epoch", bucket, epoch)
+            order = self._spread(members, seed) if self._regular else _permutation(len(members), seed)
+            stream += [members[i] for i in order]
         return iter([stream[start : start + size] for start in range(0, len(stream), size)])
+
+    def _spread(self, members: Sequence[int], seed: int) -> list[int]:
+        """An order of the members that spreads each picture's showings over the epoch, each at random in its part.
+
+        With a regularisation set an epoch is long and shows each picture of a concept many times.
+        """
+        names = [self._items[i].name for i in members]
+        showings, before = Counter(names), Counter[str]()
+        at: list[float] = []
+        generator = torch.Generator().manual_seed(seed)
+        for name, chance in zip(names, torch.rand(len(names), generator=generator).tolist(), strict=True):
+            at.append((before[name] + chance) / showings[name])
+            before[name] += 1
+        return sorted(range(len(members)), key=at.__getitem__)
 
     def _prior(self, chosen: Sequence[Item], generator: torch.Generator) -> tuple[str, ...]:
         if self._priors is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
@@ -22,12 +23,20 @@ class Picture(Protocol):
         """Of the file that it came from, relative to the source; . at the top."""
         ...
 
+    @property
+    def regular(self) -> bool:
+        """True for one of the regularisation set."""
+        ...
+
 
 P = TypeVar("P", bound=Picture)
 
 
-def repeated(pictures: Sequence[P], repeats: Mapping[str, int], *, balance: bool) -> list[P]:
+def repeated(pictures: Sequence[P], repeats: Mapping[str, int], *, balance: bool, ratio: float = 1.0) -> list[P]:
     """The pictures of one epoch, in their order; each stands there as often as it is shown.
+
+    With regularisation pictures the concepts' come as many times over as it takes to show each of those at least once,
+    `ratio` of them for each of the concepts'.
 
     Args:
         repeats: folder -> how often each of its pictures is shown; folders that are not named count once.
@@ -38,6 +47,16 @@ def repeated(pictures: Sequence[P], repeats: Mapping[str, int], *, balance: bool
         MixtureError: a folder has no pictures.
     """
     _check("data.repeats", repeats, pictures)
+    own = _repeated([picture for picture in pictures if not picture.regular], repeats, balance=balance)
+    regular = _repeated([picture for picture in pictures if picture.regular], repeats, balance=False)
+    if not regular:
+        return own
+    times = math.ceil(len(regular) / (ratio * len(own)))
+    places = max(1, round(ratio * len(own) * times))
+    return own * times + [regular[place % len(regular)] for place in range(places)]
+
+
+def _repeated(pictures: Sequence[P], repeats: Mapping[str, int], *, balance: bool) -> list[P]:
     if not balance:
         return [picture for picture in pictures for _ in range(repeats.get(picture.folder, 1))]
     folders: dict[str, list[P]] = {}
@@ -47,14 +66,19 @@ def repeated(pictures: Sequence[P], repeats: Mapping[str, int], *, balance: bool
     return [members[place % len(members)] for members in folders.values() for place in range(places)]
 
 
-def weights(pictures: Sequence[P], by_folder: Mapping[str, float]) -> dict[str, float] | None:
-    """Picture name -> factor of its loss; None when no folder has one.
+def weights(pictures: Sequence[P], by_folder: Mapping[str, float], regular: float = 1.0) -> dict[str, float] | None:
+    """Picture name -> factor of its loss; None when all have 1.
+
+    Args:
+        regular: factor of regularisation pictures, with that of their folder.
 
     Raises:
         MixtureError: a folder has no pictures.
     """
     _check("data.weights", by_folder, pictures)
-    return {picture.name: by_folder.get(picture.folder, 1.0) for picture in pictures} if by_folder else None
+    if not by_folder and regular == 1.0:
+        return None
+    return {p.name: by_folder.get(p.folder, 1.0) * (regular if p.regular else 1.0) for p in pictures}
 
 
 def _check(option: str, named: Mapping[str, object], pictures: Sequence[P]) -> None:

@@ -21,7 +21,7 @@ from preprocess.captioners import CAPTIONERS
 from trainer import cache, checkpoint, concepts, console, environment, export, mixture, optim, registry, report
 from trainer.adapters import ADAPTERS
 from trainer.adapters.textual_inversion import Concept, TextualInversion
-from trainer.args import CaptionModelArgs, DataArgs, TrainArgs, TriggerModelArgs
+from trainer.args import CaptionModelArgs, DataArgs, RegularisationArgs, TrainArgs, TriggerModelArgs
 from trainer.dataset import Dataset, Item, Tags, forms, load_mask, load_pixels, read_manifest
 from trainer.engine import Engine, EngineError
 from trainer.hooks import HOOKS, Context, Hook
@@ -148,10 +148,15 @@ def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> Trai
         update={
             "adapter": args.adapter.model_copy(update={"alpha": args.adapter.alpha or float(args.adapter.rank)}),
             "data": data.model_copy(update={"resolution": args.data.resolution or (family.resolution,)}),
-            "runtime": args.runtime.model_copy(update={"steps": args.runtime.updates(len(items))}),
+            "runtime": args.runtime.model_copy(update={"steps": args.runtime.updates(_showings(args.data, items))}),
             "sample": args.sample.model_copy(update={"prompts": prompts}),
         }
     )
+
+
+def _showings(data: DataArgs, items: Sequence[Item]) -> int:
+    """Pictures of concepts, and those of the regularisation set that go with them."""
+    return data.regularisation.showings(sum(not item.regular for item in items))
 
 
 def _located(args: TrainArgs) -> TrainArgs:
@@ -162,8 +167,13 @@ def _located(args: TrainArgs) -> TrainArgs:
             "data": args.data.model_copy(
                 update={
                     "source": environment.located(args.data.source),
+<<<<<<< HEAD
                     "caption_model": _nearby(args.data.caption_model),
                     "trigger_model": _nearby(args.data.trigger_model),
+=======
+                    "regularisation": _with_source(args.data.regularisation, environment.located),
+                    "caption_model": _nearby(args.data),
+>>>>>>> 573f92e (Show ordinary pictures in turn with a concept's own, so that its kind stays as it is)
                     **_models_nearby(args.data),
                 }
             ),
@@ -174,7 +184,15 @@ def _located(args: TrainArgs) -> TrainArgs:
 
 def _kept(args: TrainArgs) -> TrainArgs:
     """The tree as files may hold it: a URL's query may be a key. What was read with it is in the run's own cache."""
-    return args.model_copy(update={"data": args.data.model_copy(update={"source": source.kept(args.data.source)})})
+    kept = {
+        "source": source.kept(args.data.source),
+        "regularisation": _with_source(args.data.regularisation, source.kept),
+    }
+    return args.model_copy(update={"data": args.data.model_copy(update=kept)})
+
+
+def _with_source(regular: RegularisationArgs, changed: Callable[[str], str]) -> RegularisationArgs:
+    return regular if regular.source is None else regular.model_copy(update={"source": changed(regular.source)})
 
 
 def _nearby(options: _Model) -> _Model:
@@ -321,8 +339,10 @@ def _dataset(
     share: Share,
 ) -> Dataset:
     try:
-        shown = mixture.repeated(items, args.data.repeats, balance=args.data.balance)
-        weights = mixture.weights(items, args.data.weights)
+        shown = mixture.repeated(
+            items, args.data.repeats, balance=args.data.balance, ratio=args.data.regularisation.ratio
+        )
+        weights = mixture.weights(items, args.data.weights, args.data.regularisation.weight)
         priors = concepts.priors(args.data, items) if args.objective.prior_weight else None
     except (mixture.MixtureError, concepts.ConceptError) as error:
         raise RunError(str(error)) from error
