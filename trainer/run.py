@@ -167,13 +167,9 @@ def _located(args: TrainArgs) -> TrainArgs:
             "data": args.data.model_copy(
                 update={
                     "source": environment.located(args.data.source),
-<<<<<<< HEAD
+                    "regularisation": _with_source(args.data.regularisation, environment.located),
                     "caption_model": _nearby(args.data.caption_model),
                     "trigger_model": _nearby(args.data.trigger_model),
-=======
-                    "regularisation": _with_source(args.data.regularisation, environment.located),
-                    "caption_model": _nearby(args.data),
->>>>>>> 573f92e (Show ordinary pictures in turn with a concept's own, so that its kind stays as it is)
                     **_models_nearby(args.data),
                 }
             ),
