@@ -35,7 +35,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, name in enumerate(NAMES):
             picture = portrait(seed)[0]
             if seed == 7:
-                tall = Image.new("RGB", (240, 720), picture.getpixel((2, 2)))  # type: ignore[arg-type]
+                tall = Image.new("RGB", (240, 720), picture.getpixel((2, 2)))
                 tall.paste(picture)
                 picture = tall
             picture.save(folder / "x.png")
