@@ -443,7 +443,7 @@ def _encode(
     own = (form for item in items for form in forms(item, _tags(args.data), args.runtime.seed))
     dropped = [""] if args.data.caption_dropout else []
     captions = list(dict.fromkeys([*own, *(caption for some in priors.values() for caption in some), *dropped]))
-    if len(captions) <= max(len(items), _showings(args) * share.processes):  # else many would never be shown
+    if not args.data.varied or len(captions) <= _showings(args) * share.processes:  # else many are never shown
         text.prepare(captions, share)
     return text
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -105,7 +106,9 @@ class Shards:
         Args:
             name: for people; plays no part in finding the entry.
         """
-        own = {part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}
+        own = {
+            part: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for part, tensor in tensors.items()
+        }
         self._waiting[digest(key)] = _Waiting(name, key, own)
         self._bytes += sum(tensor.nbytes for tensor in own.values())
         if len(self._waiting) >= self._entries or self._bytes >= self._size:
