@@ -115,13 +115,15 @@ def accuracy_table() -> str:
 
 
 def training_table() -> str:
-    methods: dict[str, Any] = _results("quality-captions.json")["methods"]
+    """Both ways of captioning with the same seeds, and the second less the first in points."""
+    true: dict[str, Any] = _results("quality.json")["methods"]["pivotal"]
+    read: dict[str, Any] = _results("quality-captions.json")["methods"]["pivotal, captions by clip"]
     rows: list[list[str]] = []
-    for name, result in methods.items():
+    for name, result in (("captions as they come", true), ("captions by clip", read)):
         spans = [[run[key] for run in result["runs"]] for key in SHOWN]
         means = [result["mean"][key] for key in SHOWN]
-        cells = [f"{mean:.2f} ({min(v):.2f}..{max(v):.2f})" for mean, v in zip(means, spans, strict=True)]
-        rows.append([name, *cells])
+        rows.append([name, *(f"{m:.2f} ({min(v):.2f}..{max(v):.2f})" for m, v in zip(means, spans, strict=True))])
+    rows.append(["points between", *(f"{100 * (read['mean'][k] - true['mean'][k]):+.1f}" for k in SHOWN)])
     return _table(["", *(name.replace("_", " ") for name in SHOWN)], rows)
 
 
