@@ -148,13 +148,13 @@ def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> Trai
         update={
             "adapter": args.adapter.model_copy(update={"alpha": args.adapter.alpha or float(args.adapter.rank)}),
             "data": data.model_copy(update={"resolution": args.data.resolution or (family.resolution,)}),
-            "runtime": args.runtime.model_copy(update={"steps": args.runtime.updates(_showings(args.data, items))}),
+            "runtime": args.runtime.model_copy(update={"steps": args.runtime.updates(_counted(args.data, items))}),
             "sample": args.sample.model_copy(update={"prompts": prompts}),
         }
     )
 
 
-def _showings(data: DataArgs, items: Sequence[Item]) -> int:
+def _counted(data: DataArgs, items: Sequence[Item]) -> int:
     """Pictures of concepts, and those of the regularisation set that go with them."""
     return data.regularisation.showings(sum(not item.regular for item in items))
 
