@@ -282,6 +282,18 @@ def test_entries_are_found_by_what_they_depend_on_across_shards(tmp_path: Path) 
     assert again.read(digest({"picture": "three"}))["y"].shape == (3,)
 
 
+def test_tensors_that_are_parts_of_one_another_are_kept_apart(tmp_path: Path) -> None:
+    table = torch.arange(12.0).reshape(3, 4)
+    shards = Shards(tmp_path)
+    for n, part in enumerate([table, table[1], table.T]):
+        shards.add(f"p{n}", {"picture": n}, {"x": part})
+    expected = [table.clone(), table[1].clone(), table.T.clone()]
+    table.zero_()
+    shards.flush()
+    again = Shards(tmp_path)
+    assert all(torch.equal(again.read(digest({"picture": n}))["x"], part) for n, part in enumerate(expected))
+
+
 def test_what_is_not_flushed_can_be_read_and_only_that_is_lost(tmp_path: Path) -> None:
     shards = Shards(tmp_path, entries=2)
     for n in range(3):
