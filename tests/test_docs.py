@@ -63,6 +63,26 @@ def test_the_masker_of_adding_a_part_masks(tmp_path: Path) -> None:
         assert (found.getpixel((8, 16)), found.getpixel((24, 16))) == (0, 255)
 
 
+def test_the_stage_of_adding_a_part_leaves_pictures_out(tmp_path: Path) -> None:
+    match = re.search(r"```python\n# (?P<file>plain\.py)\n(?P<code>.*?)```", page("docs/adding-a-part.md"), re.DOTALL)
+    assert match
+    file = tmp_path / match["file"]
+    file.write_text(match["code"], encoding="utf-8")
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for name, colour in (("a", "red"), ("b", "white"), ("c", "blue")):
+        picture = Image.new("RGB", (32, 32), colour)
+        picture.paste("black" if name != "b" else "snow", (0, 0, 16, 32))
+        picture.save(source / f"{name}.png")
+    spec = f"{file}:Plain"
+    data = DataArgs.model_validate({"source": str(source), "stages": {"before caption": spec}})
+    report = build(str(source), tmp_path / "run", data, resolution=32, step=8)
+    assert [item.source for item in report.items] == ["a.png", "c.png"]
+    assert [(skip.file, skip.reason) for skip in report.skipped] == [("b.png", "it is nearly of one colour")]
+    line = json.loads((tmp_path / "run" / "dataset.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert list(line["stages"])[1:5] == ["dedupe", "regular", spec, "caption"]
+
+
 def test_the_run_directory_page_names_every_path() -> None:
     run = RunDir(Path("R"))
     paths = [value for name in vars(RunDir) if isinstance(value := getattr(run, name), Path) and value != run.root]

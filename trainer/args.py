@@ -377,6 +377,11 @@ class DataArgs(Section):
     masks: bool = Field(False, description="weight the loss by a mask (white: learn) where a picture has one")
     mask: MaskArgs = Field(default_factory=lambda: MaskArgs.model_validate({}), description="where masks come from")
 
+    stages: dict[str, str] = Field(
+        default_factory=dict[str, str],
+        description="own stages of preprocessing, as place=module:attr or place=file.py:attr; a place is a stage's "
+        "name (dedupe, regular, caption, trigger, mask, upscale, bucket), whose place it takes, or before or after one",
+    )
     repeats: dict[str, Annotated[int, Field(ge=1, le=1000)]] = Field(
         default_factory=dict[str, int],
         description="times that each picture of a folder is shown in an epoch, as folder=times; . is the top folder, "

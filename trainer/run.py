@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import preprocess
-from preprocess import maskers, source, upscalers
+from preprocess import maskers, source, stages, upscalers
 from preprocess.captioners import CAPTIONERS
 from trainer import cache, checkpoint, concepts, console, environment, export, mixture, optim, registry, report
 from trainer.adapters import ADAPTERS
@@ -232,6 +232,7 @@ def _parts(args: TrainArgs, *, code: bool) -> _Parts:
     for name in args.data.mask.sources if args.data.masks else ():
         maskers.kind(name, code=code)
     upscalers.kind(args.data.upscale.by, code=code)
+    stages.chain(args.data.stages, code=code)
     names = [*STANDARD_HOOKS, *(["tensorboard"] if args.hooks.tensorboard else []), *args.hooks.extra]
     hooks: list[type[Hook]] = []
     for name in dict.fromkeys(names):
