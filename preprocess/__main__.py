@@ -20,7 +20,7 @@ from pathlib import Path
 from preprocess import PreprocessError, Report, build
 from preprocess.clean import STAGES, clean
 from preprocess.survey import survey
-from trainer import cli, console, ranks
+from trainer import cli, console, progress, ranks
 from trainer.args import DataArgs, RuntimeArgs
 from trainer.registry import PartError
 from trainer.rundir import RunDir, RunDirError
@@ -100,6 +100,8 @@ def _build(words: list[str], here: ranks.Ranks) -> int:
     if here.first:
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         logging.getLogger("preprocess").setLevel(logging.INFO)
+        if not sys.stderr.isatty():  # there a bar shows it
+            logging.getLogger(progress.LOGGER).setLevel(logging.INFO)
         _claimed(options.out)
     here.barrier()
     try:

@@ -18,6 +18,7 @@ from preprocess.stagecache import StageKey, remembered_all
 from preprocess.types import Item, PreprocessError
 from trainer import registry
 from trainer.args import CaptionModelArgs, DataArgs
+from trainer.progress import Progress
 from trainer.rundir import RunDir
 
 VERSION = 2  # raise it when the same text would give another caption
@@ -79,9 +80,11 @@ def _written(captioner: Captioner, items: Sequence[Item], root: Path, data: Data
             return missing
 
         captions: list[str] = []
+        progress = stack.enter_context(Progress("captioning", len(items), "picture"))
         for start in range(0, len(items), data.caption_model.batch_size):
             part = items[start : start + data.caption_model.batch_size]
             captions += remembered_all(folder, [(item.name, key.of(item.sha256)) for item in part], make(part))
+            progress.advance(len(part))
         return captions
 
 

@@ -15,6 +15,7 @@ from preprocess.picture import decode_alpha, decode_mask
 from preprocess.stagecache import StageKey, digest
 from preprocess.types import Item, Limits, PreprocessError, SourceFile
 from trainer.args import MaskArgs
+from trainer.progress import Progress
 from trainer.rundir import RunDir, atomic_write
 
 VERSION = 2  # raise it when the same picture would get another mask
@@ -136,12 +137,13 @@ def _by(
     kept = {item.name: _kept(root, item, key) for item in items}
     missing = [item for item in items if not kept[item.name].exists()]
     if missing:
-        with masker.loaded() as find:
+        with masker.loaded() as find, Progress(f"masking by {source}", len(missing), "picture") as progress:
             for start in range(0, len(missing), options.batch_size):
                 group = missing[start : start + options.batch_size]
                 pictures = [_opened(root / item.file, "RGB") for item in group]
                 for item, picture, mask in zip(group, pictures, find(pictures), strict=True):
                     atomic_write(kept[item.name], _png(_fitting(source, mask, picture)))
+                progress.advance(len(group))
     for item in items:
         mask = _opened(kept[item.name], "L")
         if mask.getbbox():  # a black one stands for no hit
