@@ -64,6 +64,29 @@ def test_prodigy_is_the_published_one_with_bias_correction_and_safeguard() -> No
     assert effective_lr(a) == 0.5 * a.param_groups[0]["d"]
 
 
+def test_a_scale_multiplies_the_rate_of_its_own_parameters() -> None:
+    """LoRA+ (arXiv 2402.12354): B learns 16 times as fast as A; the first step of Adam is lr * sign(g)."""
+    a, b, c = parameter(), parameter(), parameter()
+    optimizer = build(args(lr=0.1), [("a", a), ("b", b), ("c", c)], {"b": 16.0})
+    assert [(group["param_names"], group["scale"]) for group in optimizer.param_groups] == [
+        (["a", "c"], 1.0),
+        (["b"], 16.0),
+    ]
+    set_lr(optimizer, 0.01)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.16]
+    assert effective_lr(optimizer) == 0.01
+    for p in (a, b, c):
+        p.grad = torch.tensor([3.0, -4.0])
+    optimizer.step()
+    for p, lr in ((a, 0.01), (b, 0.16), (c, 0.01)):
+        torch.testing.assert_close(p.data, torch.tensor([1.0 - lr, -2.0 + lr]))
+
+
+def test_prodigy_refuses_several_rates() -> None:
+    with pytest.raises(ValueError, match="should learn 1, 16 times as fast as one another"):
+        build(args(name="prodigy", lr=1.0), [("a", parameter()), ("b", parameter())], {"b": 16.0})
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nothing_moves_at_rate_zero(name: str) -> None:
     p = parameter()

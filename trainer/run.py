@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import preprocess
 from preprocess import maskers, source, stages, upscalers
@@ -32,7 +33,7 @@ from trainer.objectives import OBJECTIVES
 from trainer.ranks import Ranks
 from trainer.rundir import RunDir, atomic_write
 from trainer.share import Share
-from trainer.types import Adapter, Cond, ModelFamily, Predict, Step
+from trainer.types import Adapter, Cond, HasScales, ModelFamily, Predict, Step
 from trainer.view import Augment
 
 _Model = TypeVar("_Model", CaptionModelArgs, TriggerModelArgs)
@@ -309,11 +310,19 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
         for _, parameter in named:
             engine.watch(parameter)
     sections = {name: getattr(args.optim, name) for name in components}
+    optimizers: dict[str, Optimizer] = {}
+    for adapter in adapters:
+        named = components[adapter.component]
+        scales = {name: adapter.lr_scale(name) for name, _ in named} if isinstance(adapter, HasScales) else {}
+        try:
+            optimizers[adapter.component] = optim.build(sections[adapter.component], named, scales)
+        except ValueError as error:
+            raise RunError(str(error)) from error
     return Run(
         family=family,
         adapters=adapters,
         components=components,
-        optimizers={name: optim.build(section, components[name]) for name, section in sections.items()},
+        optimizers=optimizers,
         lr={name: _curve(section) for name, section in sections.items()},
         dataset=dataset,
         objective=objective,

@@ -175,6 +175,15 @@ class HasRows(Protocol):
         ...
 
 
+@runtime_checkable
+class HasScales(Protocol):
+    """An adapter whose parameters learn at different multiples of the component's rate (LoRA+)."""
+
+    def lr_scale(self, name: str) -> float:
+        """Above 0: the factor for the parameter that `attach` gave under this name; 1 is the component's own rate."""
+        ...
+
+
 class Objective(Protocol):
     def __call__(self, predict: Predict, batch: Batch) -> Loss: ...
 
