@@ -23,6 +23,7 @@ from trainer.objectives import OBJECTIVES
 from trainer.optim import OPTIMIZERS, build, lr_at
 from trainer.path import NoisePath
 from trainer.types import Adapter, Cond, ModelFamily, Predict
+from trainer.view import label
 
 # family, fixture of its base: v-prediction, and eps-prediction with two layers a block
 BASES = {"sd15-v": ("sd15", "tiny_base"), "sd15-eps": ("sd15", "tiny_base_deep")}
@@ -90,12 +91,11 @@ def make_dataset(family: ModelFamily) -> Dataset:
     latents = {
         p.name: torch.randn(4, p.bucket[1] // scale, p.bucket[0] // scale, generator=generator) for p in pictures
     }
-    mirrored = {name: latent.flip(-1) for name, latent in latents.items()}
+    latents |= {label(name, mirrored=True): latent.flip(-1) for name, latent in latents.items()}
     masks = {"p0": torch.eye(side // scale)[None]}
     priors = {p.name: ["a red star", "a green star"] for p in pictures}
-    return Dataset(
-        pictures, latents, batch_size=2, seed=0, caption_dropout=0.3, flipped=mirrored, masks=masks, priors=priors
-    )
+    flip = {p.name for p in pictures}
+    return Dataset(pictures, latents, batch_size=2, seed=0, caption_dropout=0.3, flip=flip, masks=masks, priors=priors)
 
 
 def frozen(family: ModelFamily, adapters: list[Adapter]) -> Predict:
