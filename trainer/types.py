@@ -54,6 +54,27 @@ class Batch:
     mask: Tensor | None = None  # [B, 1, H, W] in 0..1
     prior: Cond | None = None  # of Samples.prior
     weight: Tensor | None = None  # [B], factors of the loss
+    probe: Probe | None = None  # None: nobody asks
+
+
+class Probe(Protocol):
+    """Who wants to see, or to change, what an objective does with one Batch. The objective goes on with what it gets.
+
+    Where `batch.probe` is there, an objective calls each of these once, in this order, for the prediction that it
+    compares with the pictures' target; not for the frozen model's, nor for those of a prior.
+    """
+
+    def timesteps(self, t: Tensor) -> Tensor:
+        """[B] as drawn, on the CPU; before anything is computed from them."""
+        ...
+
+    def noise(self, eps: Tensor) -> Tensor:
+        """[B, C, H, W] as drawn, on the latents' device; before pictures are mixed with it."""
+        ...
+
+    def prediction(self, pred: Tensor, xt: Tensor, t: Tensor, cond: Cond, target: Tensor) -> Tensor:
+        """`pred` is what the model said of (xt, t, cond), [B, C, H, W] with gradients; what it should be: `target`."""
+        ...
 
 
 @dataclass(frozen=True)
