@@ -107,7 +107,7 @@ def test_events_come_in_order_and_steps_tell_what_happened() -> None:
     assert [step.extra for step in steps] == [{"watched": 0.0}, {"watched": 1.0}]
     for step in steps:
         assert step.seconds > 0
-        assert set(step.terms) == {"raw", "penalty"}
+        assert set(step.terms) == {"raw", "weighted", "penalty"}
         assert step.loss == pytest.approx(step.terms["raw"] + step.terms["penalty"])
         assert step.terms["penalty"] > 0
         assert set(step.grad_norm) == {"adapter", "rows"}

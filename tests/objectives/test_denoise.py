@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from trainer.args import ObjectiveArgs
-from trainer.objectives.denoise import Denoise, masked_mean
-from trainer.objectives.levels import draw_timesteps, min_snr_weight
+from trainer.objectives.denoise import Denoise, masked_mean, outside_mean
+from trainer.objectives.levels import draw_timesteps
 from trainer.objectives.noise import draw_noise
-from trainer.path import NoisePath
+from trainer.objectives.weights import weight_of
+from trainer.path import FlowPath, NoisePath
 from trainer.types import Batch, Cond
 
 ACP = torch.tensor([0.9, 0.5, 0.2])  # snr 9, 1, 0.25
@@ -85,7 +86,8 @@ def test_v_target() -> None:
     ],
 )
 def test_min_snr_has_the_form_of_its_target(target: Any, t: int, gamma: float, weight: float) -> None:
-    torch.testing.assert_close(min_snr_weight(NoisePath(ACP, target), torch.tensor([t]), gamma), torch.tensor([weight]))
+    alone = weight_of(NoisePath(ACP, target), torch.tensor([t]), "min_snr", gamma, ObjectiveArgs().weight)
+    torch.testing.assert_close(alone, torch.tensor([weight]))
     plain = objective(target, t)(Recorder(), batch(torch.ones(2, 1, 2, 2)))
     weighted = objective(target, t, min_snr_gamma=gamma)(Recorder(), batch(torch.ones(2, 1, 2, 2)))
     torch.testing.assert_close(weighted.total, plain.total * weight)
@@ -103,12 +105,6 @@ def test_min_snr_weights_each_picture_by_its_own_level() -> None:
         v = ACP[t].sqrt() * eps - (1 - ACP[t]).sqrt() * x0[i]
         by_hand += (v**2).mean() * {0: 0.5, 1: 0.5, 2: 0.2}[t] / 6
     torch.testing.assert_close(loss.total, by_hand)
-
-
-def test_the_end_of_a_zero_snr_path_stays_finite() -> None:
-    acp = torch.tensor([0.5, 0.0])
-    assert min_snr_weight(NoisePath(acp, "epsilon"), torch.tensor([1]), 5.0).item() == 1.0
-    assert min_snr_weight(NoisePath(acp, "v_prediction"), torch.tensor([1]), 5.0).item() == 0.0
 
 
 def test_offset_noise_is_one_constant_for_each_picture_and_channel() -> None:
@@ -197,3 +193,103 @@ def test_the_prior_is_the_frozen_models_prediction_of_the_class_words() -> None:
     assert torch.equal(frozen.xt, predict.xt)
     assert torch.equal(frozen.t, predict.t)
     assert (predict.cond, frozen.cond) == (prior, prior)  # the last that each was asked for
+
+
+def kept(t: int, frozen: Recorder, **options: Any) -> Denoise:
+    args = ObjectiveArgs.model_validate({"t_min": t, "t_max": t + 1, **options})
+    return Denoise(args, NoisePath(ACP, "epsilon"), frozen)
+
+
+MASK = torch.tensor([[[[1.0, 0.0], [0.5, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]]])  # the second is empty: unmasked
+
+
+def test_outside_the_mask_the_target_is_the_frozen_models_prediction() -> None:
+    x0, frozen, predict = torch.full((2, 1, 2, 2), 3.0), Recorder(0.75), Recorder(0.25)
+    plain = objective("epsilon", 1)(predict, batch(x0, MASK))
+    cond = Cond(torch.ones(2, 1, 1))
+    loss = kept(1, frozen, mask_prior=4.0)(predict, replace(batch(x0, MASK), cond=cond))
+    torch.testing.assert_close(loss.terms["outside"], torch.tensor((0.25 + 0.0) / 2))  # (0.75 - 0.25)^2; none
+    torch.testing.assert_close(loss.total, plain.total + 4.0 * 0.125)
+    torch.testing.assert_close(loss.terms["weighted"], plain.total)
+    assert torch.equal(frozen.xt, predict.xt)
+    assert torch.equal(frozen.t, predict.t)
+    assert frozen.cond is cond
+    words = Cond(torch.full((2, 1, 1), 2.0))
+    kept(1, frozen, mask_prior=4.0)(predict, replace(batch(x0, MASK), prior=words))
+    assert frozen.cond is words  # the class words say what the base would draw there
+
+
+def test_the_prior_outside_a_mask_moves_only_what_is_outside() -> None:
+    prediction = torch.zeros(2, 1, 2, 2, requires_grad=True)
+
+    def predict(xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return prediction + 0.0 * xt
+
+    x0 = torch.ones(2, 1, 2, 2)
+    with_prior = kept(1, Recorder(0.75), mask_prior=1.0)(predict, batch(x0, MASK)).total
+    (gradient,) = torch.autograd.grad(with_prior - objective("epsilon", 1)(predict, batch(x0, MASK)).total, prediction)
+    assert (gradient != 0).squeeze().tolist() == [[[False, True], [True, True]], [[False, False], [False, False]]]
+    assert gradient[0, 0, 1, 0] == gradient[0, 0, 0, 1] / 2
+
+
+def test_a_picture_without_a_mask_has_nothing_outside() -> None:
+    error = torch.ones(2, 3, 2, 2)
+    assert outside_mean(error, torch.ones(2, 1, 2, 2)).tolist() == [0.0, 0.0]
+    assert outside_mean(error, torch.full((2, 1, 2, 2), 0.5)).tolist() == [1.0, 1.0]
+
+
+def test_input_perturbation_reaches_the_denoiser_and_not_the_target() -> None:
+    x0, plain, seen = torch.ones(2, 1, 16, 16), Recorder(0.25), Recorder(0.25)
+    expected = objective("epsilon", 1)(plain, batch(x0))
+    loss = objective("epsilon", 1, noise={"perturbation": 0.1})(seen, batch(x0))
+    torch.testing.assert_close(loss.total, expected.total)
+    added = (seen.xt - plain.xt) / 0.5**0.5
+    assert added.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_condition_noise_reaches_the_denoiser_and_not_the_prior() -> None:
+    x0, predict = torch.ones(2, 1, 4, 4), Recorder()
+    text = Cond(torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(4)))
+    objective("epsilon", 1, noise={"condition": 0.1})(predict, replace(batch(x0), cond=text))
+    assert 0.05 < (predict.cond.hidden - text.hidden).std().item() < 0.15
+    frozen = Recorder()
+    loss = kept(1, frozen, prior_weight=1.0, noise={"condition": 0.1})
+    loss(predict, replace(batch(x0), cond=text, prior=text))
+    assert predict.cond is frozen.cond is text
+
+
+@pytest.mark.parametrize("noise", [{"pyramid": 0.5}, {"gamma": 2.0}])
+def test_other_noise_reaches_the_denoiser_and_the_target(noise: dict[str, float]) -> None:
+    x0, plain, other = torch.ones(2, 1, 4, 4), Recorder(), Recorder()
+    objective("epsilon", 1)(plain, batch(x0))
+    loss = objective("epsilon", 1, noise=noise)(other, batch(x0))
+    assert not torch.equal(other.xt, plain.xt)
+    torch.testing.assert_close(loss.total, (noise_of(x0, other, 1) ** 2).mean())
+
+
+def test_the_distance_and_the_weighting_make_the_loss_and_raw_stays() -> None:
+    x0, predict = torch.full((2, 1, 2, 2), 3.0), Recorder(0.25)
+    loss = objective("epsilon", 2, distance={"kind": "l1"}, weight={"kind": "debiased"})(predict, batch(x0))
+    error = 0.25 - noise_of(x0, predict, 2)
+    torch.testing.assert_close(loss.total, 2 * error.abs().mean())  # 1 / sqrt(0.25)
+    torch.testing.assert_close(loss.terms["weighted"], loss.total)
+    torch.testing.assert_close(loss.terms["raw"], (error**2).mean())
+
+
+def test_the_x0_target_and_the_flow_target() -> None:
+    x0, predict = torch.full((2, 1, 2, 2), 3.0), Recorder(0.25)
+    torch.testing.assert_close(objective("sample", 2)(predict, batch(x0)).total, torch.tensor(2.75**2))
+    flow = Denoise(ObjectiveArgs(t_min=1, t_max=2), FlowPath(torch.tensor([0.25, 0.5])), unasked)
+    loss = flow(predict, batch(x0))
+    eps = 2 * predict.xt - x0  # of xt = x0 / 2 + eps / 2
+    torch.testing.assert_close(loss.total, ((0.25 - (eps - x0)) ** 2).mean())
+
+
+def test_a_density_reaches_the_timesteps() -> None:
+    predict, x0 = Recorder(), torch.zeros(500, 1, 1, 1)
+    late = Denoise(
+        ObjectiveArgs.model_validate({"t_max": 3, "levels": {"density": "late"}}), NoisePath(ACP, "epsilon"), unasked
+    )
+    late(predict, batch(x0))
+    counts = torch.bincount(predict.t, minlength=3) / 500
+    torch.testing.assert_close(counts, torch.tensor([1, 7, 19]) / 27, atol=0.06, rtol=0)  # cubes of thirds

@@ -1,4 +1,4 @@
-"""The standard loss: the squared error of the prediction at a random noise level."""
+"""The standard loss: the error of the prediction at a random noise level."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from trainer.args import ObjectiveArgs
-from trainer.objectives.levels import draw_timesteps, min_snr_weight
-from trainer.objectives.noise import draw_noise
+from trainer.objectives.distances import distance
+from trainer.objectives.levels import draw_timesteps, shares
+from trainer.objectives.noise import draw_noise, gamma_shape, noisy_condition, perturbed
+from trainer.objectives.weights import check_weights, weight_of
 from trainer.path import NoisePath
 from trainer.types import Batch, Loss, Predict
 
@@ -21,34 +23,69 @@ class Denoise:
             raise ValueError(
                 f"objective.t_max is {args.t_max}, but the base has {path.steps} timesteps; give {path.steps} or less"
             )
+        shares(args.t_min, args.t_max, path.steps, args.levels, (64, 64))  # which refuses a window without any
         self.args = args
         self.path = path
         self.frozen = frozen
+        self.gamma = args.min_snr_gamma or 0.0  # which only weightings use that have one
+        if args.weighting != "none":
+            check_weights(path, (args.t_min, args.t_max), args.weighting, self.gamma, args.weight)
 
     def __call__(self, predict: Predict, batch: Batch) -> Loss:
-        """Total: the weighted loss. Terms: raw, the plain mean squared error; prior, the same from the frozen model.
+        """Total: the weighted loss and its extra terms, each times its weight.
+
+        Terms: raw, the plain mean squared error; weighted, what pictures are trained on; prior and outside, where
+        they are kept, before their weights.
 
         The prior is kept as in Learning without Forgetting (arXiv 1606.09282): on the same noisy pictures, with a
         class word for the trigger, the prediction stays what it is without the adapters. No class pictures are needed.
         """
         args, x0 = self.args, batch.latents
-        t = draw_timesteps(len(x0), args.t_min, args.t_max, batch.generator)
-        eps = draw_noise(x0, batch.generator, args.offset_noise)
-        xt, t_there = self.path.noisy(x0, eps, t), t.to(x0.device)
-        pred = predict(xt, t_there, batch.cond)
-        error = (pred.float() - self.path.target_of(x0, eps, t).float()) ** 2
-        raw = error.flatten(1).mean(1)
-        per_picture = raw if batch.mask is None else masked_mean(error, batch.mask, args.mask_floor)
-        if args.min_snr_gamma is not None:
-            per_picture = per_picture * min_snr_weight(self.path, t, args.min_snr_gamma).to(x0.device)
-        if batch.weight is not None:
-            per_picture = per_picture * batch.weight
-        total, terms = per_picture.mean(), {"raw": raw.detach().mean()}
+        t = self._timesteps(batch)
+        eps = self._noise(batch, t)
+        xt = self.path.noisy(x0, perturbed(eps, args.noise.perturbation, batch.generator), t)
+        t_there = t.to(x0.device)
+        pred = predict(xt, t_there, noisy_condition(batch.cond, args.noise.condition, batch.generator))
+        target = self.path.target_of(x0, eps, t)
+        total = self._per_picture(pred, target, t, batch).mean()
+        terms = {"raw": ((pred.detach().float() - target.float()) ** 2).flatten(1).mean(1).mean()}
+        terms["weighted"] = total.detach()
+        if args.mask_prior and batch.mask is not None:
+            kept = self.frozen(xt, t_there, batch.cond if batch.prior is None else batch.prior)
+            error = distance(pred, kept, args.distance, self.path, t)
+            outside = outside_mean(error, batch.mask).mean()
+            total, terms["outside"] = total + args.mask_prior * outside, outside.detach()
         if batch.prior is not None:
             kept = self.frozen(xt, t_there, batch.prior)
-            prior = ((predict(xt, t_there, batch.prior).float() - kept.float()) ** 2).mean()
+            prior = distance(predict(xt, t_there, batch.prior), kept, args.distance, self.path, t).mean()
             total, terms["prior"] = total + args.prior_weight * prior, prior.detach()
         return Loss(total, terms)
+
+    def _timesteps(self, batch: Batch) -> Tensor:
+        args, (height, width) = self.args, batch.latents.shape[-2:]
+        return draw_timesteps(
+            len(batch.latents),
+            args.t_min,
+            args.t_max,
+            batch.generator,
+            args.levels,
+            steps=self.path.steps,
+            size=(height, width),
+        )
+
+    def _noise(self, batch: Batch, t: Tensor) -> Tensor:
+        args = self.args.noise
+        shape = gamma_shape(self.path.snr(t), args.gamma) if args.gamma else None
+        return draw_noise(batch.latents, batch.generator, self.args.offset_noise, pyramid=args.pyramid, shape=shape)
+
+    def _per_picture(self, pred: Tensor, target: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """[B]: the error of each picture, weighted by mask, level and folder."""
+        args = self.args
+        error = distance(pred, target, args.distance, self.path, t)
+        each = error.flatten(1).mean(1) if batch.mask is None else masked_mean(error, batch.mask, args.mask_floor)
+        if args.weighting != "none":
+            each = each * weight_of(self.path, t, args.weighting, self.gamma, args.weight).to(each.device)
+        return each if batch.weight is None else each * batch.weight
 
 
 def masked_mean(error: Tensor, mask: Tensor, floor: float) -> Tensor:
@@ -62,3 +99,11 @@ def masked_mean(error: Tensor, mask: Tensor, floor: float) -> Tensor:
     empty = mask.flatten(1).sum(1).reshape(-1, 1, 1, 1) == 0
     weight = torch.where(empty, torch.ones_like(mask), floor + (1.0 - floor) * mask).expand_as(error)
     return (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1)
+
+
+def outside_mean(error: Tensor, mask: Tensor) -> Tensor:
+    """[B]: the same outside the mask; 0 for a picture whose mask is empty, which is unmasked, or leaves nothing out."""
+    empty = mask.flatten(1).sum(1).reshape(-1, 1, 1, 1) == 0
+    weight = torch.where(empty, torch.zeros_like(mask), 1.0 - mask).expand_as(error)
+    area = weight.flatten(1).sum(1)
+    return (weight * error).flatten(1).sum(1) / torch.where(area == 0, torch.ones_like(area), area)
