@@ -18,9 +18,10 @@ ORDINARY = 96  # pictures of ordinary prompts that a run is scored with, before 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m testbed", description=(__doc__ or "").split(":")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("build", help="make the base from nothing: about two hours on two cores, resumable")
+    make = commands.add_parser("build", help="make a base from nothing: about two hours on two cores, resumable")
+    make.add_argument("--base", choices=("sd15", "sdxl"), default="sd15", help="sdxl goes on from sd15's parts")
     make.add_argument("--work", type=Path, default=HERE / "build", help="folder for what is made on the way")
-    make.add_argument("--out", type=Path, default=HERE, help="folder that gets base/ and judges/")
+    make.add_argument("--out", type=Path, default=HERE, help="folder that gets base/ and judges/, or base-sdxl/")
     score = commands.add_parser("score", help="score a run that was trained on a held-out concept")
     score.add_argument("run", type=Path, help="run directory")
     score.add_argument("--concept", default="mushroom", help="held-out concept that the run was trained on")
@@ -40,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from testbed.build import build
+    from testbed.build import build, build_sdxl
 
     try:
-        build(args.work, args.out)
+        {"sd15": build, "sdxl": build_sdxl}[args.base](args.work, args.out)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from what is in {args.work}", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Puts the fitted parts into the layout people know: a diffusers folder in fp16 safetensors."""
+"""Puts the fitted parts into the layout people know: diffusers folders in fp16 safetensors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from testbed.clip import make_clip, vocabulary
 from testbed.recipe import latent_scale, tokenizer_of_the_captions
+from testbed.sdxl import make_sdxl_unet, second_tokenizer
+from testbed.sdxl_recipe import two_towers
 from testbed.text import TextTask, make_text_encoder
 from testbed.unet import make_scheduler, make_unet
 from testbed.vae import make_vae
@@ -21,12 +23,10 @@ from testbed.vae import make_vae
 
 def pipeline(folder: Path, unet_state: dict[str, Tensor] | None = None) -> StableDiffusionPipeline:
     """The stock pipeline around what was fitted in `folder`; `unet_state` in place of the finished denoiser."""
-    unet, vae = make_unet(), make_vae()
+    unet = make_unet()
     unet.load_state_dict(unet_state or load_file(folder / "unet.safetensors"))
-    vae.load_state_dict(load_file(folder / "vae.safetensors"))
-    vae.register_to_config(scaling_factor=round(latent_scale(folder), 5), force_upcast=False)
     return StableDiffusionPipeline(
-        vae=vae.eval(),
+        vae=autoencoder(folder),
         text_encoder=text_encoder(folder),
         tokenizer=tokenizer_of_the_captions(),
         unet=unet.eval(),
@@ -35,6 +35,31 @@ def pipeline(folder: Path, unet_state: dict[str, Tensor] | None = None) -> Stabl
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def pipeline_sdxl(folder: Path, unet_state: dict[str, Tensor] | None = None) -> StableDiffusionXLPipeline:
+    """The same for SDXL's stock pipeline."""
+    unet, tokenizer = make_sdxl_unet(), tokenizer_of_the_captions()
+    unet.load_state_dict(unet_state or load_file(folder / "unetxl.safetensors"))
+    first, second = two_towers(folder)
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(folder),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=second_tokenizer(tokenizer),
+        unet=unet.eval(),
+        scheduler=make_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+def autoencoder(folder: Path) -> AutoencoderKL:
+    vae = make_vae()
+    vae.load_state_dict(load_file(folder / "vae.safetensors"))
+    vae.register_to_config(scaling_factor=round(latent_scale(folder), 5), force_upcast=False)
+    return vae.eval()
 
 
 def text_encoder(folder: Path) -> CLIPTextModel:
@@ -58,9 +83,18 @@ def assemble(folder: Path, out: Path) -> None:
         state = {k: v.half() for k, v in load_file(folder / f"judge_{knows}.safetensors").items()}
         (out / "judges").mkdir(exist_ok=True)
         save_file(state, out / "judges" / f"{knows}.safetensors")
-    for path in out.glob("**/*.safetensors"):
-        if folder not in path.parents:
-            path.chmod(0o644)
+    _readable(base, out / "judges")
+
+
+def assemble_sdxl(folder: Path, out: Path) -> None:
+    """Writes `out`/base-sdxl from what was fitted in `folder`."""
+    pipeline_sdxl(folder).to(dtype=torch.float16).save_pretrained(out / "base-sdxl", safe_serialization=True)
+    _readable(out / "base-sdxl")
+
+
+def _readable(*folders: Path) -> None:
+    for path in (path for folder in folders for path in folder.glob("**/*.safetensors")):
+        path.chmod(0o644)
 
 
 def _preprocessor() -> dict[str, Any]:

@@ -35,30 +35,36 @@ def write_card(work: Path, out: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     knows, blind = (Judge.load(out / "judges" / f"{name}.safetensors", name == "knows") for name in ("knows", "blind"))
     facts: dict[str, Any] = {
-        "fitting": {name: _fitted(work / f"{name}.safetensors") for name in PARTS},
+        "fitting": {name: fitted(work / f"{name}.safetensors") for name in PARTS},
         "parameters": {n: parameters(getattr(pipe, n)) for n in ("text_encoder", "vae", "unet")},
-        "megabytes": round(
-            sum(p.stat().st_size for p in out.glob("[bj]*/**/*.safetensors") if work not in p.parents) / 1e6, 2
-        ),
-        "vae_psnr_db": round(_psnr(pipe), 2),
+        "megabytes": megabytes(base, out / "judges"),
+        "vae_psnr_db": round(psnr(pipe), 2),
         "judge_accuracy": {"knows": accuracy(knows, True), "blind": accuracy(blind, False)},
         "clip_hard_negatives": round(_hard(base), 3),
         "prompts": PROMPTS,
         "sampler": {"steps": STEPS, "guidance": GUIDANCE},
-        "base": {k: round(v, 3) for k, v in base_scores(_drawer(pipe), knows, PROMPTS).items()},
-        "full_prompts": {k: round(v, 3) for k, v in full_scores(_drawer(pipe), knows, FULL).items()},
+        "base": {k: round(v, 3) for k, v in base_scores(drawer(pipe), knows, PROMPTS).items()},
+        "full_prompts": {k: round(v, 3) for k, v in full_scores(drawer(pipe), knows, FULL).items()},
         "machine": f"{platform.machine()}, 2 processes of 1 thread, torch {torch.__version__}",
     }
     (base / "card.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (base / "README.md").write_text(_readme(facts), encoding="utf-8")
 
 
-def _fitted(path: Path) -> dict[str, int]:
+def megabytes(*folders: Path) -> float:
+    """Of the weights in the folders."""
+    return round(sum(p.stat().st_size for folder in folders for p in folder.glob("**/*.safetensors")) / 1e6, 2)
+
+
+def fitted(path: Path) -> dict[str, int]:
+    """Steps and seconds that it took to fit a part."""
     with safe_open(path, "pt") as file:
         return {k: int(v) for k, v in file.metadata().items()}
 
 
-def _drawer(pipe: Any) -> Any:
+def drawer(pipe: Any) -> Any:
+    """A `Draw` of the stock pipeline."""
+
     def draw(prompts: Sequence[str], seeds: Sequence[int], adapted: bool) -> list[Image.Image]:
         pictures: list[Image.Image] = []
         for i in range(0, len(prompts), 24):
@@ -72,7 +78,7 @@ def _drawer(pipe: Any) -> Any:
 
 
 @torch.inference_mode()
-def _psnr(pipe: Any) -> float:
+def psnr(pipe: Any) -> float:
     """Of a round trip through the autoencoder, on pictures of a seed that fitting never used."""
     rng = np.random.default_rng(404)
     x = as_input(np.stack([np.asarray(render(draw_scene(rng), rng)) for _ in range(200)]))

@@ -128,16 +128,25 @@ class TextTask(nn.Module):
     def forward(self, ids: Tensor, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(loss, share of attributes right) for ids [B, L] and target [B, heads]."""
         hidden = self.encoder(ids).last_hidden_state
-        eos = (ids == self.encoder.config.eos_token_id).int().argmax(1)
-        later = eos + (torch.rand(len(ids), generator=generator) * (ids.shape[1] - eos)).long()
+        eos, later = ends(ids, self.encoder.config.eos_token_id, generator)
         rows = torch.arange(len(ids))
-        losses, hits = [], []
-        for states in (hidden[rows, eos], hidden[rows, later.clamp(max=ids.shape[1] - 1)]):
-            for i, head in enumerate(self.heads):
-                logits = head(states)
-                losses.append(F.cross_entropy(logits, target[:, i], ignore_index=-100))
-                hits.append((logits.argmax(1) == target[:, i])[target[:, i] >= 0].float().mean())
-        return torch.stack(losses).mean(), torch.stack(hits).mean().detach()
+        read = [attributes(self.heads, states, target) for states in (hidden[rows, eos], hidden[rows, later])]
+        return torch.stack([loss for loss, _ in read]).mean(), torch.stack([right for _, right in read]).mean()
+
+
+def attributes(heads: nn.ModuleList, states: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, share right) of what the heads read from states [B, D]; a target of -100 is not asked for."""
+    logits = [head(states) for head in heads]
+    losses = [F.cross_entropy(x, target[:, i], ignore_index=-100) for i, x in enumerate(logits)]
+    hits = [(x.argmax(1) == target[:, i])[target[:, i] >= 0].float().mean() for i, x in enumerate(logits)]
+    return torch.stack(losses).mean(), torch.stack(hits).mean().detach()
+
+
+def ends(ids: Tensor, eos: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Positions [B] of the end of text, and of random tokens from there on."""
+    end = (ids == eos).int().argmax(1)
+    later = end + (torch.rand(len(ids), generator=generator) * (ids.shape[1] - end)).long()
+    return end, later.clamp(max=ids.shape[1] - 1)
 
 
 def text_batch(tokenizer: CLIPTokenizer, scenes: Sequence[Scene], rng: Rng) -> tuple[Tensor, Tensor]:

@@ -12,19 +12,20 @@ from torch import Tensor
 
 from testbed.text import WIDTH
 
+CHANNELS = (32, 64, 128)
+
 
 def make_unet() -> UNet2DConditionModel:
-    channels = (32, 64, 128)
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        block_out_channels=channels,
+        block_out_channels=CHANNELS,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH,
-        attention_head_dim=tuple(c // 16 for c in channels),  # a count of heads, by an old slip of the name
+        attention_head_dim=tuple(c // 16 for c in CHANNELS),  # a count of heads, by an old slip of the name
         norm_num_groups=16,
     )
 
@@ -53,9 +54,19 @@ def timesteps(rng: np.random.Generator, n: int, shares: tuple[float, ...]) -> Te
     return torch.tensor([int(rng.integers(lo, hi)) for lo, hi in bands])
 
 
-def v_loss(unet: UNet2DConditionModel, alphas: Tensor, x0: Tensor, hidden: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error of the predicted velocity; `alphas` is the cumulative product [1000]."""
+def v_loss(
+    unet: UNet2DConditionModel,
+    alphas: Tensor,
+    x0: Tensor,
+    hidden: Tensor,
+    t: Tensor,
+    added: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Mean squared error of the predicted velocity; `alphas` is the cumulative product [1000].
+
+    `added` is what SDXL's denoiser takes beside the hidden states: pooled text and time ids.
+    """
     a, s = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
     eps = torch.randn_like(x0)
-    predicted = unet(a * x0 + s * eps, t, hidden).sample
+    predicted = unet(a * x0 + s * eps, t, hidden, added_cond_kwargs=added).sample
     return (predicted - (a * eps - s * x0)).square().mean()
