@@ -11,10 +11,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 WORDS = [
     "a",
@@ -89,21 +103,25 @@ def make_clip(tokenizer: CLIPTokenizer, tower: CLIPTextModel) -> CLIPModel:
     return clip
 
 
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+
+
 def make_base(folder: Path, layers_per_block: int = 1, prediction: str = "v_prediction", seed: int = 0) -> Path:
     """Writes a random Stable Diffusion 1.5 of a few 100k parameters: 32 px, latents 16x16x4, captions of 32 tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = make_tokenizer()
         text = CLIPTextModel(CLIPTextConfig(**text_config(tokenizer)))
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-        )
+        vae = make_vae()
         unet = UNet2DConditionModel(
             sample_size=16,
             block_out_channels=(16, 32),
@@ -143,6 +161,79 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_base_deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Like `tiny_base` with two layers a block, as full-size SD1.5 has, and eps-prediction."""
     return make_base(tmp_path_factory.mktemp("bases") / "deep", layers_per_block=2, prediction="epsilon", seed=1)
+
+
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def make_sd2(folder: Path, prediction: str = "v_prediction") -> Path:
+    """Writes a random Stable Diffusion 2: an OpenCLIP tower (gelu, padded with !), linear projections, Euler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        tokenizer = make_tokenizer()
+        tokenizer.pad_token = "!"
+        text = CLIPTextModel(CLIPTextConfig(**text_config(tokenizer) | {"hidden_act": "gelu"}))
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=TEXT_WIDTH,
+            attention_head_dim=(1, 2),
+            norm_num_groups=4,
+            use_linear_projection=True,
+        )
+        vae = make_vae()
+    scheduler = EulerDiscreteScheduler(
+        **SD_BETAS, prediction_type=prediction, timestep_spacing="trailing", steps_offset=1
+    )
+    pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)  # pyright: ignore
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def make_sdxl(folder: Path, **scheduler: object) -> Path:
+    """Writes a random SDXL of a few 100k parameters: 32 px, latents 16x16x4, towers of width 32 and 24, pooled 20."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        tokenizer, tokenizer_2 = make_tokenizer(), make_tokenizer()
+        tokenizer_2.pad_token = "!"
+        second = text_config(tokenizer_2) | {"hidden_size": 24, "hidden_act": "gelu", "projection_dim": 20}
+        text = CLIPTextModel(CLIPTextConfig(**text_config(tokenizer)))
+        text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**second))
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=TEXT_WIDTH + 24,
+            attention_head_dim=(1, 2),
+            norm_num_groups=4,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 20,
+        )
+        vae = make_vae()
+    euler = EulerDiscreteScheduler(**SD_BETAS | {"timestep_spacing": "leading", "steps_offset": 1} | scheduler)
+    pipe = StableDiffusionXLPipeline(vae, text, text_2, tokenizer, tokenizer_2, unet, euler)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random SD2 folder, v-prediction. Read only."""
+    return make_sd2(tmp_path_factory.mktemp("bases") / "sd2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random SDXL folder, eps-prediction. Read only."""
+    return make_sdxl(tmp_path_factory.mktemp("bases") / "sdxl")
 
 
 def draw_pictures(folder: Path) -> Path:

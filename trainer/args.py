@@ -515,7 +515,9 @@ def _check_mode(where: str, data: DataArgs, *, words_needed: bool = True) -> Non
 
 
 class ModelArgs(Section):
-    family: str = Field("sd15", description="model family: a name of trainer.models, or module:attr")
+    family: str = Field(
+        "auto", description="model family: auto (told by the base), a name of trainer.models, or module:attr"
+    )
     base: str = Field(
         "testbed/base", description="diffusers folder, hub id, or single-file .safetensors checkpoint to train on"
     )

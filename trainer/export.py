@@ -146,6 +146,7 @@ def _facts(name: str, family: ModelFamily, args: TrainArgs) -> dict[str, str]:
     resolution = max(args.data.resolution, default=family.resolution)
     return {
         "ss_base_model_version": family.clients.base_version,
+        **family.clients.facts,
         "ss_network_module": "networks.lora",
         "ss_output_name": name,
         "ss_sd_model_name": _base_name(args),

@@ -22,7 +22,7 @@ from trainer import environment, registry, sampler
 from trainer.adapters.textual_inversion import Concept, TextualInversion
 from trainer.args import ModelArgs, TextArgs, TrainArgs
 from trainer.export import embedding_name
-from trainer.models import FAMILIES
+from trainer.models import FAMILIES, sniff
 from trainer.rundir import RunDir
 from trainer.types import ModelFamily
 
@@ -86,7 +86,7 @@ class Painter:
             BaseModelError: the base cannot be used.
             GenerateError: the weights are damaged or do not fit it.
         """
-        kind: Any = registry.load(FAMILIES, weights.model.family, "model.family", code=code)
+        kind: Any = registry.load(FAMILIES, sniff.named(weights.model).family, "model.family", code=code)
         self.family: ModelFamily = kind.load(weights.model, device)
         self._lora = weights.lora is not None
         try:

@@ -28,7 +28,7 @@ from trainer.engine import Engine, EngineError
 from trainer.hooks import HOOKS, Context, Hook
 from trainer.hooks.checkpoints import Checkpoints, digest, fixed
 from trainer.loop import Run, train
-from trainer.models import FAMILIES
+from trainer.models import FAMILIES, sniff
 from trainer.objectives import OBJECTIVES
 from trainer.ranks import Ranks
 from trainer.rundir import RunDir, atomic_write
@@ -161,7 +161,7 @@ def _counted(data: DataArgs, items: Sequence[Item]) -> int:
 
 
 def _located(args: TrainArgs) -> TrainArgs:
-    """The tree with local paths made absolute, so that it means the same wherever it is fed back."""
+    """The tree with local paths absolute and the family by name, so that it means the same wherever it is fed back."""
     config = environment.located(args.model.config) if args.model.config else None
     return args.model_copy(
         update={
@@ -174,7 +174,9 @@ def _located(args: TrainArgs) -> TrainArgs:
                     **_models_nearby(args.data),
                 }
             ),
-            "model": args.model.model_copy(update={"base": environment.located(args.model.base), "config": config}),
+            "model": sniff.named(
+                args.model.model_copy(update={"base": environment.located(args.model.base), "config": config})
+            ),
         }
     )
 

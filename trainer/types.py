@@ -117,6 +117,7 @@ class ClientNames:
     diffusers: Callable[[str, str], str]  # (component, module path) -> "unet.<path>", key without suffix
     kohya: Callable[[str, str], str]  # (component, module path) -> "lora_unet_<path>", key without suffix
     embeddings: Mapping[str, str]  # text encoder -> key of its vectors: {"text_encoder": "emb_params"}
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])  # more metadata of a LoRA file: ss_v2
 
 
 Predict = Callable[[Tensor, Tensor, Cond], Tensor]  # (xt [B,C,H,W], t [B] int64, cond) -> [B,C,H,W]

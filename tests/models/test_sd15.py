@@ -51,10 +51,10 @@ def test_encode_cuts_and_names_long_captions_once(
 ) -> None:
     long = "a red star on a blue background " * 8
     expected, _ = stock.encode_prompt([long], CPU, 1, False)
-    with caplog.at_level(logging.WARNING, logger="trainer.models.sd15"):
+    with caplog.at_level(logging.WARNING, logger="trainer.models.clip_text"):
         assert torch.equal(family.encode([long]).hidden, expected)
         family.encode([long])
-    assert [r.name for r in caplog.records].count("trainer.models.sd15") == 1
+    assert [r.name for r in caplog.records].count("trainer.models.clip_text") == 1
 
 
 def test_encode_images_is_the_scaled_posterior_mean(family: SD15, stock: StableDiffusionPipeline) -> None:
@@ -156,7 +156,9 @@ def test_refuses_a_pickle(tmp_path: Path) -> None:
 
 def test_refuses_an_sdxl_folder(tiny_base: Path, tmp_path: Path) -> None:
     base = edited(tiny_base, tmp_path / "xl", "model_index.json", _class_name="StableDiffusionXLPipeline")
-    assert "StableDiffusionXLPipeline" in refusal(base)
+    assert "is Stable Diffusion XL, and family sd15 takes Stable Diffusion 1.5; set model.family to sdxl" in refusal(
+        base
+    )
 
 
 def test_refuses_a_missing_tokenizer(tiny_base: Path, tmp_path: Path) -> None:
@@ -276,19 +278,24 @@ def test_single_file_without_config_says_what_to_set(single_file: Path) -> None:
     assert "model.config" in refusal(single_file)
 
 
+WHOLE = ("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight")
+
+
 @pytest.mark.parametrize(
-    ("key", "says"),
+    ("keys", "says"),
     [
-        ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "is a LoRA"),
-        ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "is a LoRA"),
-        ("conditioner.embedders.0.transformer.text_model.embeddings.position_ids", "SDXL"),
-        ("cond_stage_model.model.ln_final.weight", "Stable Diffusion 2"),
-        ("something.else", "no Stable Diffusion 1.5 checkpoint"),
+        (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "is a LoRA"),
+        (["unet.mid_block.attentions.0.proj_in.lora_A.weight"], "is a LoRA"),
+        ([*WHOLE, "conditioner.embedders.1.model.ln_final.weight"], "is Stable Diffusion XL"),
+        ([*WHOLE, "conditioner.embedders.0.model.ln_final.weight"], "is the SDXL refiner"),
+        ([*WHOLE, "cond_stage_model.model.ln_final.weight"], "is Stable Diffusion 2, and"),
+        ([WHOLE[0], "cond_stage_model.transformer.text_model.x"], "it has no 'first_stage_model.' tensors"),
+        (["something.else"], "is no whole checkpoint of Stable Diffusion 1.5"),
     ],
 )
-def test_refuses_other_single_files(tmp_path: Path, key: str, says: str) -> None:
+def test_refuses_other_single_files(tmp_path: Path, keys: list[str], says: str) -> None:
     path = tmp_path / "file.safetensors"
-    save_file({key: torch.zeros(1)}, path)
+    save_file({key: torch.zeros(1) for key in keys}, path)
     assert says in refusal(path)
 
 

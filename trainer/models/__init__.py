@@ -2,4 +2,6 @@
 
 FAMILIES: dict[str, str] = {
     "sd15": "trainer.models.sd15:SD15",
+    "sd2": "trainer.models.sd2:SD2",
+    "sdxl": "trainer.models.sdxl:SDXL",
 }

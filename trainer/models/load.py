@@ -46,29 +46,40 @@ def single_file_keys(base: str) -> set[str]:
         raise BaseModelError(f"base {base!r} is damaged or no safetensors file: {error}") from error
 
 
+def single_file_facts(base: str) -> dict[str, str]:
+    """The metadata of a .safetensors file."""
+    with safe_open(base, framework="pt") as opened:
+        return dict(opened.metadata() or {})
+
+
 def model_index(base: str, revision: str | None) -> dict[str, Any]:
     """The parsed model_index.json of a diffusers folder or of a hub id."""
+    return settings_of(base, "model_index.json", revision)
+
+
+def settings_of(base: str, name: str, revision: str | None) -> dict[str, Any]:
+    """A parsed JSON file of a diffusers folder or of a hub id, such as unet/config.json."""
     folder = Path(base)
     if folder.is_dir():
-        path = folder / "model_index.json"
+        path = folder / name
         if not path.is_file():
-            raise BaseModelError(f"base {base!r} has no model_index.json, so it is no diffusers model folder")
+            raise BaseModelError(f"base {base!r} has no {name}, so it is no diffusers model folder")
     else:
-        path = _from_hub(base, revision)
+        path = _from_hub(base, name, revision)
     try:
-        index: Any = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BaseModelError(f"the model_index.json of base {base!r} is not JSON: {error}") from error
-    if not isinstance(index, dict):
-        raise BaseModelError(f"the model_index.json of base {base!r} is not an object")
-    return {str(key): value for key, value in index.items()}
+        raise BaseModelError(f"the {name} of base {base!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BaseModelError(f"the {name} of base {base!r} is not an object")
+    return {str(key): value for key, value in found.items()}
 
 
-def _from_hub(base: str, revision: str | None) -> Path:
+def _from_hub(base: str, name: str, revision: str | None) -> Path:
     if not HUB_ID.fullmatch(base):
         raise BaseModelError(f"base {base!r} does not exist (allowed: diffusers folder, .safetensors file, hub id)")
     try:
-        return Path(hf_hub_download(base, "model_index.json", revision=revision))
+        return Path(hf_hub_download(base, name, revision=revision))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise BaseModelError(

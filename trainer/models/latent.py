@@ -1,0 +1,201 @@
+"""What the families of latent diffusion share: CLIP towers, a VAE, a UNet with cross-attention, a noise path.
+
+Shapes: B pictures, C latent channels, H W latent height and width, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from trainer.args import ModelArgs
+from trainer.models import parts, sniff
+from trainer.models.clip_text import Tokens, fit
+from trainer.models.parts import Parts
+from trainer.models.weights import Weights
+from trainer.path import NoisePath
+from trainer.types import BaseModelError, ClientNames, Cond
+
+
+class LatentFamily:
+    """A frozen base. A family says what it is made of, and encodes prompts."""
+
+    name: str  # of FAMILIES
+    title: str  # as people know it
+    pipeline_class: ClassVar[str]  # of diffusers
+    towers: ClassVar[Mapping[str, Any]]  # text encoder -> class of transformers
+    clients: ClientNames
+
+    def __init__(
+        self, base: Parts, *, prediction: str = "auto", clip_folders: Mapping[str, Path] | None = None
+    ) -> None:
+        self.path = _path(base.scheduler, prediction)
+        self.denoiser: nn.Module = base.unet
+        self.vae: nn.Module = base.vae
+        self.text_encoders: dict[str, nn.Module] = dict(base.text_encoders)
+        self.tokenizers: dict[str, Any] = dict(base.tokenizers)
+        self.prompt_rules: list[Callable[[str], str]] = []
+        self.clip_folders: Mapping[str, Path] = clip_folders or {}
+        self._index, self._scheduler = base.index, base.scheduler
+        self._vae: Any = base.vae
+        self._unet: Any = base.unet
+        self._check_parts()
+        self.latent_scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        self.resolution = int(self._unet.config.sample_size) * self.latent_scale
+        self.bucket_step = self.latent_scale * 2 ** (len(self._unet.config.block_out_channels) - 1)
+        for module in (self.denoiser, self.vae, *self.text_encoders.values()):
+            module.eval().requires_grad_(False)
+        self._tokens = Tokens()
+        self._weights = self._remember_weights()
+
+    @classmethod
+    def load(cls, args: ModelArgs, device: torch.device) -> Self:
+        """Reads the base that `args.base` names, in `args.dtype`, onto `device`.
+
+        Raises:
+            BaseModelError: it is missing, damaged, of another family, or lacks a fitting tokenizer.
+        """
+        sniff.check(args, cls.name)
+        base = parts.read(args, cls.pipeline_class, cls.towers)
+        for module in (*base.text_encoders.values(), base.vae, base.unet):
+            module.to(device)
+        folders = {name: Path(args.base) / name.replace("text_encoder", "clip") for name in cls.towers}
+        clips = {name: folder for name, folder in folders.items() if folder.is_dir()}
+        return cls(base, prediction=args.prediction, clip_folders=clips)
+
+    def expand(self, prompt: str) -> str:
+        """The prompt after every rule of `prompt_rules`, as the tokenizer gets it."""
+        for rule in self.prompt_rules:
+            prompt = rule(prompt)
+        return prompt
+
+    def encode(self, captions: Sequence[str]) -> Cond:
+        """What the stock pipeline makes of the prompts, one row for each caption."""
+        prompts = [self.expand(caption) for caption in captions]
+        unique = list(dict.fromkeys(prompts))
+        cond = self._encode(unique)
+        if len(unique) == len(prompts):
+            return cond
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        rows = [place[prompt] for prompt in prompts]
+        return Cond(cond.hidden[rows], None if cond.pooled is None else cond.pooled[rows])
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """[B, 3, h, w] in -1..1 -> scaled posterior means [B, C, H, W], float32."""
+        with self._wide_vae():
+            posterior = self._vae.encode(pixels.to(self._vae.device, self._vae.dtype)).latent_dist
+        return posterior.mean.float() * self._vae.config.scaling_factor
+
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What the UNet predicts (`path.target`) at [B, C, H, W], in xt's dtype."""
+        dtype = self._unet.dtype
+        added = self._added(xt, cond)
+        pred: Tensor = self._unet(xt.to(dtype), t, cond.hidden.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
+        return pred.to(xt.dtype)
+
+    def pipeline(self) -> Any:
+        """A stock diffusers pipeline around the live modules, with the base's own sampler."""
+        import diffusers  # a pipeline's import costs a second that training alone need not pay
+
+        kind: Any = getattr(diffusers, self.pipeline_class)
+        scheduler: Any = type(self._scheduler).from_config(self._scheduler.config, prediction_type=self.path.target)
+        tokenizers = {parts.tokenizer_of(name): tokenizer for name, tokenizer in self.tokenizers.items()}
+        pipe: Any = kind(
+            vae=self._vae,
+            unet=self._unet,
+            scheduler=scheduler,
+            **self.text_encoders,
+            **tokenizers,
+            **self._pipeline_options(),
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def fingerprint(self, part: str) -> str:
+        """Hex digest of weights and config of "vae", "denoiser" or a text encoder (with its tokenizer).
+
+        It is that of the base as loaded, whether or not an adapter is attached.
+        """
+        return self._weights.digest(part)
+
+    def _encode(self, prompts: Sequence[str]) -> Cond:
+        """One row for each prompt, after every rule."""
+        raise NotImplementedError
+
+    def _added(self, xt: Tensor, cond: Cond) -> dict[str, Tensor] | None:
+        """What the UNet is told beside the prompt's hidden states."""
+        return None
+
+    def _pipeline_options(self) -> dict[str, Any]:
+        return {}
+
+    def _ids(self, tower: str, prompts: Sequence[str]) -> Tensor:
+        """[B, L] on the tower's device."""
+        text: Any = self.text_encoders[tower]
+        return self._tokens.ids(self.tokenizers[tower], prompts).to(text.device)
+
+    @contextmanager
+    def _wide_vae(self) -> Generator[None]:
+        """Inside, a VAE whose config says force_upcast is in float32: SDXL's first one overflows in fp16."""
+        narrow: torch.dtype = self._vae.dtype
+        if narrow == torch.float32 or not self._vae.config.get("force_upcast"):
+            yield
+            return
+        self._vae.float()
+        try:
+            yield
+        finally:
+            self._vae.to(narrow)
+
+    def _check_parts(self) -> None:
+        """Refuses parts that do not fit one another."""
+        unet, vae = self._unet.config, self._vae.config
+        for name, tokenizer in self.tokenizers.items():
+            text: Any = self.text_encoders[name]
+            fit(tokenizer, text.config)
+        if unet.in_channels != vae.latent_channels:
+            raise BaseModelError(
+                f"the base's UNet takes {unet.in_channels} channels, its VAE gives {vae.latent_channels}; "
+                "inpainting and upscaling bases cannot be trained on"
+            )
+        if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+            raise BaseModelError("the base's VAE shifts its latents (latents_mean), which no family here does")
+        if not isinstance(unet.sample_size, int):
+            raise BaseModelError(f"the base's UNet states no native size (sample_size is {unet.sample_size!r})")
+        widths = [encoder.config.hidden_size for encoder in self._towers()]
+        if unet.cross_attention_dim != sum(widths):
+            given = " and ".join(map(str, widths))
+            raise BaseModelError(
+                f"the base's UNet wants text of width {unet.cross_attention_dim}, its text encoder gives {given}; "
+                f"this is no {self.title}"
+            )
+
+    def _towers(self) -> list[Any]:
+        return list(self.text_encoders.values())
+
+    def _remember_weights(self) -> Weights:
+        weights = Weights()
+        weights.remember("vae", self._vae, self._vae.config)
+        weights.remember("denoiser", self._unet, self._unet.config)
+        for name, encoder in zip(self.text_encoders, self._towers(), strict=True):
+            tokenizer: str = self.tokenizers[name].backend_tokenizer.to_str()
+            weights.remember(name, encoder, encoder.config.to_dict(), tokenizer)
+        return weights
+
+
+def _path(scheduler: Any, prediction: str) -> NoisePath:
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise BaseModelError(
+            f"the base's scheduler, {type(scheduler).__name__}, has no alphas_cumprod: its noise is no "
+            "variance-preserving path, and no family here trains on another"
+        )
+    try:
+        return NoisePath.from_scheduler(scheduler, prediction)
+    except ValueError as error:
+        raise BaseModelError(f"the base's scheduler cannot be used: {error}") from error
