@@ -315,6 +315,7 @@ def test_a_damaged_shard_is_named_and_made_again(harm: str, tmp_path: Path, capl
         shards = Shards(tmp_path, entries=2)
         shards.scan()
     assert caplog.text.count(str(path)) == 1
+    assert not path.exists(), "else each start would name it, once other shards hold what it held"
     assert [n for n in range(4) if digest({"picture": n}) not in shards] == [2, 3]
     for n in (2, 3):
         shards.add(*entry(n))
@@ -329,6 +330,9 @@ def test_files_of_others_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptu
     filled(tmp_path, 1)
     assert digest({"picture": 0}) in Shards(tmp_path)
     assert not caplog.text
+    (tmp_path / "mine.safetensors").write_bytes(b"of another program")
+    assert digest({"picture": 0}) in Shards(tmp_path)
+    assert (tmp_path / "mine.safetensors").exists(), "only what is named as a shard is the cache's to delete"
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux shows them")

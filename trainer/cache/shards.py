@@ -34,6 +34,8 @@ BYTES = 64 * 2**20
 Key = Mapping[str, Any]  # all that an entry depends on, as JSON
 Digest = bytes
 
+_OWN = re.compile(r"\.[0-9a-f]{16}\.safetensors$")  # how the name of a shard ends
+
 
 def digest(key: Key) -> Digest:
     """What an entry is found by."""
@@ -80,7 +82,7 @@ class Shards:
         self.scan()
 
     def scan(self) -> None:
-        """Find what other processes have added. A damaged file is named once; its entries count as missing."""
+        """Find what other processes have added. A damaged shard is named and deleted: its entries are missing."""
         for path in sorted(self._folder.glob("*.safetensors")):
             if path.name not in self._seen:
                 self._take_in(path)
@@ -142,6 +144,10 @@ class Shards:
             return  # somebody has just deleted it
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("the cache file %s is damaged, and what it held is made again: %r", path, error)
+            if _OWN.search(path.name):
+                path.unlink(
+                    missing_ok=True
+                )  # else every start would name it, as what replaces it may be called otherwise
 
 
 def _listed(entries: list[_Waiting]) -> tuple[dict[str, Tensor], dict[str, Any]]:
