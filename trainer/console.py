@@ -34,7 +34,8 @@ def hush_libraries(*, bars: bool = True) -> None:
         os.environ.setdefault(name, "error")
     if not bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # its kernels are optional: attention is torch's own
+    for name in ("xformers", "bitsandbytes"):  # their kernels for this machine are optional
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
