@@ -548,7 +548,7 @@ class TextArgs(Section):
     init: Literal["random", "words", "similarity"] = Field(
         "random",
         description="start of the rows: random at the table's mean std, mean of init_words, or words first and "
-        "then closer to the pictures under the base's CLIP",
+        "then closer to the pictures (64 of each trigger at most) under the base's CLIP",
     )
     init_words: str | None = Field(None, description="words whose mean row starts the new ones (init: words)")
     std_weight: float = Field(

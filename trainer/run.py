@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -19,11 +18,23 @@ from torch.optim import Optimizer
 import preprocess
 from preprocess import maskers, source, stages, upscalers
 from preprocess.captioners import CAPTIONERS
-from trainer import cache, checkpoint, concepts, console, environment, export, mixture, optim, registry, report
+from trainer import (
+    cache,
+    checkpoint,
+    concepts,
+    console,
+    environment,
+    export,
+    material,
+    mixture,
+    optim,
+    registry,
+    report,
+)
 from trainer.adapters import ADAPTERS
 from trainer.adapters.textual_inversion import Concept, TextualInversion
 from trainer.args import CaptionModelArgs, DataArgs, RegularisationArgs, TrainArgs, TriggerModelArgs
-from trainer.dataset import Dataset, Item, Tags, forms, load_mask, load_pixels, read_manifest
+from trainer.dataset import Item, read_manifest
 from trainer.engine import Engine, EngineError
 from trainer.hooks import HOOKS, Context, Hook
 from trainer.hooks.checkpoints import Checkpoints, digest, fixed
@@ -32,9 +43,7 @@ from trainer.models import FAMILIES, sniff
 from trainer.objectives import OBJECTIVES
 from trainer.ranks import Ranks
 from trainer.rundir import RunDir, atomic_write
-from trainer.share import Share
 from trainer.types import Adapter, Cond, HasScales, ModelFamily, Predict, Step
-from trainer.view import Augment
 
 _Model = TypeVar("_Model", CaptionModelArgs, TriggerModelArgs)
 
@@ -303,7 +312,11 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
         objective = parts.objective(args.objective, family.path, _frozen(family, adapters))
     except ValueError as error:
         raise RunError(str(error)) from error
-    dataset = _dataset(args, run_dir, family, engine.device, items, engine.here.share)  # before an adapter is attached
+    shown = args, run_dir, family, engine.device, items, engine.here.share
+    try:
+        dataset = material.dataset(*shown)  # before an adapter is attached
+    except (mixture.MixtureError, concepts.ConceptError) as error:
+        raise RunError(str(error)) from error
     try:
         components = {adapter.component: adapter.attach(family) for adapter in adapters}
     except ValueError as error:
@@ -328,7 +341,7 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
         lr={name: _curve(section) for name, section in sections.items()},
         dataset=dataset,
         objective=objective,
-        encode=_encode(args, run_dir, family, engine.device, items, engine.here.share),
+        encode=material.encoder(*shown),
         hooks=[hook(context) for hook in parts.hooks if engine.here.first or hook.everywhere],
         steps=args.runtime.steps,
         accumulate=args.runtime.accumulate,
@@ -336,74 +349,6 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
         seed=args.runtime.seed,
         engine=engine,
     )
-
-
-def _dataset(
-    args: TrainArgs,
-    run_dir: RunDir,
-    family: ModelFamily,
-    device: torch.device,
-    items: Sequence[Item],
-    share: Share,
-) -> Dataset:
-    try:
-        shown = mixture.repeated(
-            items, args.data.repeats, balance=args.data.balance, ratio=args.data.regularisation.ratio
-        )
-        weights = mixture.weights(items, args.data.weights, args.data.regularisation.weight)
-        priors = concepts.priors(args.data, items) if args.objective.prior_weight else None
-    except (mixture.MixtureError, concepts.ConceptError) as error:
-        raise RunError(str(error)) from error
-    augment = Augment(**args.data.augment.model_dump(), seed=args.runtime.seed)
-    flip = _flipped(args.data, items)
-    folder = run_dir.cache / "latents"
-    latents = cache.cache_latents(
-        folder,
-        items,
-        family,
-        load_pixels,
-        device,
-        versions=lambda item: augment.versions(item, mirrored=item.name in flip),
-        share=share,
-    )
-    masks = (
-        cache.cache_masks(folder, items, family.latent_scale, load_mask, versions=augment.versions, share=share)
-        if args.data.masks
-        else None
-    )
-    return Dataset(
-        shown,
-        latents,
-        batch_size=args.runtime.batch_size,
-        seed=args.runtime.seed,
-        caption_dropout=args.data.caption_dropout,
-        flip=flip,
-        augment=augment,
-        masks=masks,
-        priors=priors,
-        weights=weights,
-        tags=_tags(args.data),
-    )
-
-
-def _tags(data: DataArgs) -> Tags | None:
-    return Tags(data.keep_tags, data.shuffle_tags, data.tag_dropout, data.caption_variants) if data.varied else None
-
-
-def _flipped(data: DataArgs, items: Sequence[Item]) -> frozenset[str]:
-    """The names of the pictures that are mirrored half of the time; those that are kept as they are go to the log."""
-    if not data.flip:
-        return frozenset()
-    sided = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, data.keep_sides))})(?!\w)", re.IGNORECASE)
-    kept = [
-        item.name
-        for item in items
-        if data.keep_sides and any(sided.search(caption) for caption in (item.caption, *item.captions))
-    ]
-    if kept:
-        more = f" and {len(kept) - 20} more" if len(kept) > 20 else ""
-        log.info("never mirrored, as a caption has a word of data.keep_sides: %s%s", ", ".join(kept[:20]), more)
-    return frozenset(item.name for item in items) - frozenset(kept)
 
 
 def _frozen(family: ModelFamily, adapters: Sequence[Adapter]) -> Predict:
@@ -434,35 +379,9 @@ def _learned(args: TrainArgs, items: Sequence[Item]) -> list[Concept]:
     for trigger in dict.fromkeys(concepts.trigger_of(item, args.data) for item in own):
         of = [item for item in own if concepts.trigger_of(item, args.data) == trigger]
         words = [c.init_words for c in args.data.concepts.values() if c.trigger == trigger and c.init_words]
-        pictures = [load_pixels(item) for item in of] if args.text.init == "similarity" else []
+        pictures = material.similar(of, args.runtime.seed) if args.text.init == "similarity" else ()
         learned.append(Concept(trigger, words[0] if words else None, pictures))
     return learned
-
-
-def _encode(
-    args: TrainArgs,
-    run_dir: RunDir,
-    family: ModelFamily,
-    device: torch.device,
-    items: Sequence[Item],
-    share: Share,
-) -> Callable[[Sequence[str]], Cond]:
-    """Text is encoded live only while its rows are trained, or while its captions are hardly ever the same."""
-    if args.text.tokens or (args.data.varied and not args.data.caption_variants):
-        return family.encode
-    text = cache.TextCache(run_dir.cache / "text", family, device)
-    priors = concepts.priors(args.data, items) if args.objective.prior_weight else {}
-    own = (form for item in items for form in forms(item, _tags(args.data), args.runtime.seed))
-    dropped = [""] if args.data.caption_dropout else []
-    captions = list(dict.fromkeys([*own, *(caption for some in priors.values() for caption in some), *dropped]))
-    if not args.data.varied or len(captions) <= _showings(args) * share.processes:  # else many are never shown
-        text.prepare(captions, share)
-    return text
-
-
-def _showings(args: TrainArgs) -> int:
-    """Pictures that one process is shown in the run."""
-    return (args.runtime.steps or 0) * args.runtime.accumulate * args.runtime.batch_size
 
 
 def _curve(section: Any) -> Callable[[float], float]:
