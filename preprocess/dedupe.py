@@ -93,8 +93,9 @@ def _first_alike(thumbs: NDArray[np.uint8], rows: NDArray[np.intp], thumb: NDArr
     """The first of the rows whose colours are close, looked for in blocks: thousands may have the same hash."""
     for start in range(0, len(rows), _BLOCK):
         block = rows[start : start + _BLOCK]
-        apart = np.abs(thumbs[block].astype(np.int16) - thumb).mean(axis=1)
-        alike = block[apart <= _COLOUR]
+        theirs = thumbs[block]
+        apart = (np.maximum(theirs, thumb) - np.minimum(theirs, thumb)).sum(axis=1, dtype=np.uint32)
+        alike = block[apart <= _COLOUR * thumb.size]
         if len(alike):
             return int(alike[0])
     return None

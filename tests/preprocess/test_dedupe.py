@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from preprocess import Item, PreprocessError, build
+from preprocess import Item, PreprocessError, build, dedupe
 from preprocess.dedupe import deduped
+from preprocess.stagecache import Ledger
 from trainer.args import DataArgs
+from trainer.rundir import RunDir
 
 
 def scene(seed: int, size: tuple[int, int] = (120, 90)) -> Image.Image:
@@ -123,6 +125,56 @@ def test_bits_widen_what_is_near(tmp_path: Path) -> None:
     items = put(tmp_path, {"a": scene(0), "b": other})
     left = [len(deduped(items, tmp_path, bits=bits)[0]) for bits in (0, 20)]
     assert left == [2, 1]
+
+
+Seen = tuple[int, "np.ndarray[Any, Any]"]  # hash, colours
+
+
+def seen(rng: np.random.Generator) -> list[Seen]:
+    """Thousands of random looks, most of them near an earlier one; a hundred of one hash in different colours."""
+    looks: list[Seen] = []
+    for index in range(2500):
+        fingerprint, colours = int(rng.integers(0, 2**64, dtype=np.uint64)), rng.integers(0, 256, 192, dtype=np.uint8)
+        if index % 5:
+            fingerprint, colours = looks[int(rng.integers(index))]
+            for bit in rng.choice(64, int(rng.integers(0, 10)), replace=False):
+                fingerprint ^= 1 << int(bit)
+            colours = np.clip(colours + rng.integers(-27, 28, 192), 0, 255).astype(np.uint8)
+        looks.append((fingerprint, colours))
+    for _ in range(100):
+        looks.append((looks[0][0], rng.integers(0, 256, 192, dtype=np.uint8)))
+    return [*looks, *looks[-9:]]
+
+
+def plainly(looks: list[Seen], bits: int) -> dict[int, int]:
+    """Index of a copy -> of what: each is compared with all that stay, the first first."""
+    stay: list[int] = []
+    copies: dict[int, int] = {}
+    for i, (fingerprint, colours) in enumerate(looks):
+        for j in stay:
+            near = (fingerprint ^ looks[j][0]).bit_count() <= bits
+            if near and np.mean(np.abs(colours.astype(float) - looks[j][1])) <= 12:
+                copies[i] = j
+                break
+        else:
+            stay.append(i)
+    return copies
+
+
+@pytest.mark.parametrize("bits", [0, 6, 10])
+def test_thousands_are_compared_as_one_by_one(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dedupe, "_BLOCK", 8)
+    looks = seen(np.random.default_rng(bits))
+    with Ledger(RunDir(tmp_path).kept, "looks") as ledger:  # so that no picture need be there
+        for index, (fingerprint, colours) in enumerate(looks):
+            look = {"hash": fingerprint.to_bytes(8).hex(), "thumb": colours.tobytes().hex()}
+            ledger.put(f"{index}", {"version": dedupe.VERSION, **look})
+    items = [Item(f"{index}", "", f"{index}", 9, 9, f"{index}") for index in range(len(looks))]
+    kept, skipped = deduped(items, tmp_path, bits=bits)
+    expected = plainly(looks, bits)
+    assert 9 <= len(expected) < len(looks) - 100
+    assert {int(skip.file): int(skip.reason.split()[-1]) for skip in skipped} == expected
+    assert [int(item.name) for item in kept] == [index for index in range(len(looks)) if index not in expected]
 
 
 def test_nothing_but_copies_is_refused(tmp_path: Path) -> None:
