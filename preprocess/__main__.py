@@ -4,17 +4,20 @@
     python -m preprocess clean DIR --stage NAME
     torchrun --nproc_per_node N -m preprocess SOURCE --out DIR    each of N processes decodes its share
 
-Exit status: 0; 2 when the source or an option cannot be used; 1 when the disk fails, or a dry run finds problems.
+Exit status: 0; 2 when the source or an option cannot be used; 1 when the disk fails, or a dry run finds problems; 130
+when it was stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from preprocess import PreprocessError, Report, build
@@ -25,6 +28,7 @@ from trainer.args import DataArgs, RuntimeArgs
 from trainer.registry import PartError
 from trainer.rundir import RunDir, RunDirError
 
+STOPPED = 130
 _OWN = ("source", "resolution")  # of the data section: said by this parser itself
 
 
@@ -32,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Does what the command line says; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        with ranks.joined() as here:
+        with ranks.joined() as here, _stoppable():
             return _answered(words, here)
     except ranks.RanksError as error:
         print(f"preprocess: {error}", file=sys.stderr)
@@ -46,6 +50,11 @@ def _answered(words: list[str], here: ranks.Ranks) -> int:
         if words[:1] == ["clean"] or "--dry-run" in words:
             raise cli.CommandError("clean and --dry-run need one process: start them without the launcher")
         return _build(words, here)
+    except KeyboardInterrupt:
+        if here.fails(STOPPED):
+            left = "nothing was left behind" if "--dry-run" in words else "the same command goes on from here"
+            print(f"preprocess: stopped; {left}", file=sys.stderr)
+        return STOPPED
     except ranks.OtherFailed as other:  # which says why
         return other.status
     except (PreprocessError, RunDirError, PartError, cli.CommandError) as error:
@@ -57,6 +66,20 @@ def _answered(words: list[str], here: ranks.Ranks) -> int:
         if here.fails(1):
             print(f"preprocess: {error}", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _stoppable() -> Generator[None]:
+    """SIGTERM is as Ctrl-C, so that it too leaves no temporary folder and no process."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -254,5 +254,5 @@ def _too_few(source: str, items: list[Item], skipped: list[Skipped]) -> str:
     have = "no picture" if not items else f"only one usable picture ({items[0].source})"
     reasons = "; ".join(f"{skip.file}: {skip.reason}" for skip in skipped[:5])
     more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-    left_out = f" (left out: {reasons}{more})" if skipped else ""
+    left_out = f" (left out: {reasons}{more})" if skipped else "" if items else " (no file was found in it)"
     return f"{shown_all(source)!r} has {have}, and at least {FEWEST} are needed{left_out}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -67,9 +68,10 @@ def opened(
         hub: which part of a data set is read.
 
     Raises:
-        PreprocessError: nothing is there, it is of no known kind, or it is hostile.
+        PreprocessError: nothing is there, it is of no known kind, or it is hostile; or `hub` is for none of it.
     """
     sources = named(source, limits)
+    _check_hub(source, sources, hub)
     with ExitStack() as stack:
         opening = _Opening(limits, private_urls, scratch, stack, hub or HubArgs.model_validate({}))
         if len(sources) == 1:
@@ -173,8 +175,22 @@ def _folders(sources: list[str]) -> list[str]:
     return names
 
 
+def _on_hub(source: str) -> str | None:
+    return None if _exists(source) else dataset_id(source)
+
+
+def _check_hub(source: str, sources: list[str], hub: HubArgs | None) -> None:
+    given = hub.model_dump(exclude_defaults=True) if hub else {}
+    if given and not any(map(_on_hub, sources)):
+        options = ", ".join(f"data.hub.{name}" for name in given)
+        raise PreprocessError(
+            f"{options} would do nothing: data.source {shown_all(source)!r} is no data set of the Hugging Face hub; "
+            "leave it out, or give a source like owner/name that is none on this machine"
+        )
+
+
 def _files(source: str, opening: _Opening) -> list[SourceFile]:
-    dataset = None if _exists(source) else dataset_id(source)
+    dataset = _on_hub(source)
     if dataset:
         return hub_files(dataset, opening.hub, opening.limits, opening.scratch, opening.stack)
     if is_url(source):
@@ -248,7 +264,7 @@ def _beside(path: Path, limits: Limits) -> list[SourceFile]:
     """A picture with what stands beside it and belongs to it."""
     sidecars = [path.with_name(path.stem + ending) for ending in _SIDECARS]
     return [
-        SourceFile(one.name.lstrip("."), lambda one=one: _read_file(one, limits))
+        SourceFile(_printable(one.name.lstrip(".")), lambda one=one: _read_file(one, limits))
         for one in (path, *sidecars)
         if one.exists()
     ]
@@ -262,13 +278,24 @@ def _folder(root: Path, limits: Limits) -> list[SourceFile]:
             path = Path(folder, name)
             relative = PurePosixPath(path.relative_to(root).as_posix())
             if not _hidden(relative):
-                files.append(SourceFile(str(relative), partial(_read_file, path, limits), anywhere=True))
+                files.append(SourceFile(_printable(str(relative)), partial(_read_file, path, limits), anywhere=True))
         if len(files) > limits.entries:
             raise PreprocessError(
                 f"{str(root)!r} holds more than {limits.entries} files "
                 "(data.limits.entries); give the folder of the pictures"
             )
     return sorted(files, key=lambda file: file.path)
+
+
+def _printable(path: str) -> str:
+    r"""The name of a file as it may be shown: control characters, and bytes that are no text, become \n or \udcff."""
+    if path.isprintable():
+        return path
+    harmful = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(
+        letter.encode("unicode_escape").decode() if unicodedata.category(letter) in harmful else letter
+        for letter in path
+    )
 
 
 def _read_file(path: Path, limits: Limits) -> bytes:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,24 @@ def folder(tmp_path: Path) -> Path:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_names_that_a_terminal_would_obey_are_shown_by_their_codes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in (b"a\nb", b"c\x1b[2J", b"d\xff", "e é\u3000日".encode()):
+        Image.new("RGB", (32, 32), (name[-1], 0, 0)).save(os.path.join(os.fsencode(source), name + b".png"), "PNG")
+        Path(os.fsdecode(os.path.join(os.fsencode(source), name + b".txt"))).write_text("told")
+    (source / "no\npicture.png").write_text("")
+    report = build(str(source), tmp_path / "run", data(), resolution=32, step=16)
+    assert [item.source for item in report.items] == [r"a\nb.png", r"c\x1b[2J.png", r"d\udcff.png", "e é\u3000日.png"]
+    assert {item.caption for item in report.items} == {"TOK, told"}
+    assert [skip.file for skip in report.skipped] == [r"no\npicture.png"]
+    assert all("\n" not in line and "\x1b" not in line for line in caplog.messages)
+    assert caplog.messages
+    assert {row["source"] for row in lines(tmp_path / "run/dataset.jsonl")} == {item.source for item in report.items}
 
 
 def test_a_folder_becomes_a_dataset(tmp_path: Path) -> None:
@@ -225,3 +246,34 @@ def test_the_command_line(tmp_path: Path) -> None:
 def test_no_stage_needs_torch() -> None:
     code = "import sys, preprocess.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("how", "flag"), [(signal.SIGTERM, "--dry-run"), (signal.SIGINT, "--out=OUT")])
+def test_stopped_it_says_so_and_leaves_no_temporary_folder(how: signal.Signals, flag: str, tmp_path: Path) -> None:
+    source, scratch, out = tmp_path / "source", tmp_path / "scratch", tmp_path / "out"
+    source.mkdir()
+    scratch.mkdir()
+    picture = Image.effect_noise((600, 600), 90).convert("RGB")
+    for index in range(80):
+        picture.putpixel((0, 0), (index, 0, 0))
+        picture.save(source / f"{index}.bmp")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "preprocess", str(source), flag.replace("OUT", str(out)), "--workers", "0"],
+        cwd=ROOT, env={**os.environ, "TMPDIR": str(scratch)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    where = out if "out" in flag else scratch
+    deadline = time.monotonic() + 60
+    while len(list(where.rglob("*.png"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said.splitlines()[-1]) == (
+        130,
+        "preprocess: stopped; nothing was left behind"
+        if "dry" in flag
+        else "preprocess: stopped; the same command goes on from here",
+    )
+    assert "Traceback" not in said
+    assert not list(scratch.iterdir())
+    assert not (out / "dataset.jsonl").exists()

@@ -21,6 +21,7 @@ from PIL import Image
 
 from preprocess import PreprocessError, ingest
 from preprocess.hub import dataset_id
+from trainer.args import HubArgs
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_0123456789secret"
@@ -224,6 +225,15 @@ def test_the_token_goes_to_the_hub_and_into_no_file(done: Done) -> None:
     for name in COMMANDS:
         files = [path for path in (done.out / name).rglob("*") if path.is_file()]
         assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+
+
+def test_options_of_the_hub_are_for_its_data_sets(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.png").write_bytes(noise(0))
+    for options in ({"split": "test"}, {"take": 2, "streaming": True}):
+        names = ", ".join(f"data.hub.{name}" for name in options)
+        with pytest.raises(PreprocessError, match=rf"^{names} would do nothing: data\.source '.*in' is no data set"):
+            ingest(str(tmp_path / "in"), tmp_path / "run", hub=HubArgs.model_validate(options))
 
 
 def test_no_hub_to_be_reached_is_one_sentence(done: Done) -> None:
