@@ -9,7 +9,7 @@ from trainer.rundir import RunDir, RunDirError
 # Stage -> its files, relative to the cache.
 STAGES: Mapping[str, tuple[str, ...]] = {
     "pictures": ("pictures/*", "kept/*"),
-    "masks": ("masks/*", "pictures/*.mask.png"),
+    "masks": ("masks/*", "pictures/*.mask.png*"),
     "upscaled": ("upscaled/*",),
     "captions": ("captions/*",),
     "latents": ("latents/*",),

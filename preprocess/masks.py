@@ -6,13 +6,15 @@ import inspect
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageChops, ImageFilter
 
 from preprocess import maskers
+from preprocess.crew import Crew
 from preprocess.picture import decode_alpha, decode_mask
-from preprocess.stagecache import StageKey, digest
+from preprocess.stagecache import StageKey, digest, kept
 from preprocess.types import Item, Limits, PreprocessError, SourceFile
 from trainer.args import MaskArgs
 from trainer.progress import Progress
@@ -21,6 +23,11 @@ from trainer.rundir import RunDir, atomic_write
 VERSION = 2  # raise it when the same picture would get another mask
 
 _FOLDER = "masks"
+_TO_DO = {  # what a person can do about a source that had no mask at all
+    "sidecar": "put x.mask.png beside x.png, ",
+    "folder": "put x.png into a folder masks, ",
+    "alpha": "give pictures with a transparent background, ",
+}
 
 
 def owner(path: str) -> str | None:
@@ -94,7 +101,9 @@ def _stem(path: str) -> str:
     return str(PurePosixPath(path).with_suffix("")).lower()
 
 
-def masked(items: Sequence[Item], root: Path, options: MaskArgs) -> tuple[list[Item], list[str]]:
+def masked(
+    items: Sequence[Item], root: Path, options: MaskArgs, crew: Crew | None = None
+) -> tuple[list[Item], list[str]]:
     """The items, with masks by the maskers of `options.sources` where none was found yet, inverted and feathered.
 
     Each source is shown the pictures that those before it found nothing in. A picture without a hit stays unmasked
@@ -102,31 +111,34 @@ def masked(items: Sequence[Item], root: Path, options: MaskArgs) -> tuple[list[I
 
     Args:
         root: folder that the items' files are relative to.
+        crew: reads and finishes masks [default: this process]; of several ranks the first alone runs the maskers.
 
     Raises:
         PartError: a masker is unknown.
         PreprocessError: a masker cannot run here, or no picture has a mask in the end.
     """
+    crew = crew or Crew(workers=0)
     found = {item.name: item for item in items}
     for source in options.sources:
         kind = maskers.kind(source)
         missing = [item for item in found.values() if item.mask is None]
         if kind and missing:
-            found |= {item.name: item for item in _by(source, kind, missing, root, options)}
+            found |= {item.name: item for item in _by(source, kind, missing, root, options, crew)}
     bare = [item for item in found.values() if item.mask is None]
-    if len(bare) == len(items):
-        raise PreprocessError(
-            f"data.masks is on, but no picture of data.source has a mask by {', '.join(options.sources)}: put "
-            "x.mask.png beside x.png or x.png into a folder masks, name others in data.mask.sources, or turn it off"
-        )
     by = ", ".join(options.sources)
+    if len(bare) == len(items):
+        by_hand = "".join(_TO_DO.get(source, "") for source in options.sources)
+        raise PreprocessError(
+            f"data.masks is on, but no picture of data.source has a mask by {by}: {by_hand}name others in "
+            "data.mask.sources, or turn it off (--no-data.masks)"
+        )
     notes = [f"{item.source}: no mask was found by {by}, so the whole picture counts" for item in bare]
-    return [_finished(item, root, options) for item in found.values()], notes
+    return _finished(list(found.values()), root, options, crew), notes
 
 
 def _by(
-    source: str, kind: type[maskers.Masker], items: Sequence[Item], root: Path, options: MaskArgs
-) -> Iterable[Item]:
+    source: str, kind: type[maskers.Masker], items: Sequence[Item], root: Path, options: MaskArgs, crew: Crew
+) -> list[Item]:
     """The items that the masker finds something in, with their masks written beside them.
 
     What it made is kept in the cache under the picture's content; it is only loaded when something is missing.
@@ -134,22 +146,32 @@ def _by(
     masker = kind(options)
     parameters = {"stage": VERSION, "code": _code(source, kind), **masker.parameters()}
     key = StageKey(f"mask {source}", masker.version, parameters)
-    kept = {item.name: _kept(root, item, key) for item in items}
-    missing = [item for item in items if not kept[item.name].exists()]
-    if missing:
-        with masker.loaded() as find, Progress(f"masking by {source}", len(missing), "picture") as progress:
-            for start in range(0, len(missing), options.batch_size):
-                group = missing[start : start + options.batch_size]
-                pictures = [_opened(root / item.file, "RGB") for item in group]
-                for item, picture, mask in zip(group, pictures, find(pictures), strict=True):
-                    atomic_write(kept[item.name], _png(_fitting(source, mask, picture)))
-                progress.advance(len(group))
-    for item in items:
-        mask = _opened(kept[item.name], "L")
-        if mask.getbbox():  # a black one stands for no hit
-            where = str(PurePosixPath(item.file).with_suffix(".mask.png"))
-            atomic_write(root / where, _png(mask))
-            yield replace(item, mask=where)
+    with crew.share.first_alone():
+        missing = [item for item in items if not _kept(root, item, key).exists()]
+        if missing:
+            with masker.loaded() as find, Progress(f"masking by {source}", len(missing), "picture") as progress:
+                for start in range(0, len(missing), options.batch_size):
+                    group = missing[start : start + options.batch_size]
+                    pictures = [_opened(root / item.file, "RGB") for item in group]
+                    for item, picture, mask in zip(group, pictures, find(pictures), strict=True):
+                        atomic_write(_kept(root, item, key), _png(_fitting(source, mask, picture)))
+                    progress.advance(len(group))
+    where = crew.map("reading masks", partial(_hit, root=root, key=key), items, name=_source)
+    return [replace(item, mask=mask) for item, mask in zip(items, where, strict=True) if mask]
+
+
+def _source(item: Item) -> str:
+    return item.source
+
+
+def _hit(item: Item, root: Path, key: StageKey) -> str | None:
+    """The mask beside the picture, which is that of the cache; None when that is black, which stands for no hit."""
+    kept_at = _kept(root, item, key)
+    if not _opened(kept_at, "L").getbbox():
+        return None
+    where = str(PurePosixPath(item.file).with_suffix(".mask.png"))
+    atomic_write(root / where, kept_at.read_bytes(), durable=False)
+    return where
 
 
 def _code(source: str, kind: type[maskers.Masker]) -> str | None:
@@ -175,22 +197,35 @@ def _kept(root: Path, item: Item, key: StageKey) -> Path:
     return RunDir(root).cache / "masks" / f"{item.name}.{key.of(item.sha256)[:16]}.png"
 
 
-def _finished(item: Item, root: Path, options: MaskArgs) -> Item:
-    """The item with its mask inverted and feathered, where that is asked for. The one that was found stays.
+def _finished(items: list[Item], root: Path, options: MaskArgs, crew: Crew) -> list[Item]:
+    """The items with their masks inverted and feathered, where that is asked for. Those that were found stay."""
+    if not (options.feather or options.invert):
+        return items
+    have = [item for item in items if item.mask is not None]
+    one = partial(_one_finished, root=root, feather=options.feather, invert=options.invert)
+    where = dict(zip((item.name for item in have), crew.map("finishing masks", one, have, name=_source), strict=True))
+    return [replace(item, mask=where.get(item.name)) for item in items]
 
-    A feathered edge fades over about `options.feather` of the picture's shorter side.
-    """
-    if item.mask is None or not (options.feather or options.invert):
-        return item
-    mask = _opened(root / item.mask, "L")
-    if options.invert:
-        mask = ImageChops.invert(mask)
-    if options.feather:
-        radius = options.feather * min(mask.size) / 2  # a gaussian falls from 84 % to 16 % within twice its deviation
-        mask = mask.filter(ImageFilter.GaussianBlur(radius))
-    where = str(PurePosixPath(item.file).with_suffix(".soft.mask.png" if options.feather else ".inverse.mask.png"))
-    atomic_write(root / where, _png(mask))
-    return replace(item, mask=where)
+
+def _one_finished(item: Item, root: Path, feather: float, invert: bool) -> str:
+    """A feathered edge fades over about `feather` of the picture's shorter side."""
+    assert item.mask is not None
+    content = (root / item.mask).read_bytes()
+
+    def make() -> bytes:
+        with Image.open(io.BytesIO(content)) as found:
+            mask = found.convert("L")
+        if invert:
+            mask = ImageChops.invert(mask)
+        if feather:
+            radius = feather * min(mask.size) / 2  # a gaussian falls from 84 % to 16 % within twice its deviation
+            mask = mask.filter(ImageFilter.GaussianBlur(radius))
+        return _png(mask)
+
+    where = str(PurePosixPath(item.file).with_suffix(".soft.mask.png" if feather else ".inverse.mask.png"))
+    key = StageKey("finished mask", VERSION, {"feather": feather, "invert": invert})
+    kept(root / where, key.of(digest(content)), make)
+    return where
 
 
 def _opened(path: Path, mode: str) -> Image.Image:

@@ -44,8 +44,8 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def kept(path: Path, key: str, make: Callable[[], bytes]) -> tuple[str, bool]:
-    """(sha256 of the file at `path`, whether it was there already) after `make` filled it, if it had to.
+def kept(path: Path, key: str, make: Callable[[], bytes]) -> str:
+    """sha256 of the file at `path`, after `make` filled it, if it had to.
 
     A file that was changed or cut off since is made again.
     """
@@ -54,11 +54,11 @@ def kept(path: Path, key: str, make: Callable[[], bytes]) -> tuple[str, bool]:
     if before.get("key") == key and path.is_file():
         found = digest(path.read_bytes())
         if before.get("sha256") == found:
-            return found, True
+            return found
     content = make()
     atomic_write(path, content, durable=False)
     atomic_write(record, json.dumps({"key": key, "sha256": digest(content)}) + "\n", durable=False)
-    return digest(content), False
+    return digest(content)
 
 
 def remembered(folder: Path, name: str, key: str, make: Callable[[], Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,12 @@ class Trigger(Stage):
 
 class Mask(Stage):
     version = masks.VERSION
-    model = True
 
     def __call__(self, report: Report, setting: Setting) -> Report:
         if not setting.data.masks:
             return report
         own, ordinary = _parted(report)
-        masked, notes = masks.masked(own, setting.root, setting.data.mask)
+        masked, notes = masks.masked(own, setting.root, setting.data.mask, setting.crew)
         return replace(report, items=(*masked, *ordinary), notes=(*report.notes, *notes))
 
 
@@ -160,11 +160,8 @@ class Link:
     def __call__(self, report: Report, setting: Setting) -> Report:
         """Runs it; with several processes, one after the other where it has a model."""
         share = setting.crew.share
-        if self.stage.model and not share.first:
-            share.barrier()
-        after = self.stage(report, setting)
-        if self.stage.model and share.first:
-            share.barrier()
+        with share.first_alone() if self.stage.model else nullcontext():
+            after = self.stage(report, setting)
         return self._checked(after)
 
     def _checked(self, report: Any) -> Report:

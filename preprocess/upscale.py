@@ -21,6 +21,7 @@ from preprocess import buckets, upscalers
 from preprocess.stagecache import StageKey, digest, kept
 from preprocess.types import Item, PreprocessError
 from trainer.args import DataArgs
+from trainer.progress import Progress
 from trainer.rundir import RunDir, atomic_write
 
 VERSION = 1  # raise it when the same picture would become another one
@@ -55,7 +56,7 @@ def upscaled(
     key = StageKey(
         f"upscale {data.upscale.by}", upscaler.version, {"stage": VERSION, "code": code, **upscaler.parameters()}
     )
-    with ExitStack() as stack:
+    with ExitStack() as stack, Progress(f"enlarging by {data.upscale.by}", len(small), "picture") as progress:
         enlarge: upscalers.Enlarge | None = None
 
         def loaded() -> upscalers.Enlarge:
@@ -65,7 +66,13 @@ def upscaled(
                 enlarge = stack.enter_context(upscaler.loaded())
             return enlarge
 
-        made = [_one(item, root, key, loaded) if item.name in small else item for item in items]
+        made: list[Item] = []
+        for item in items:
+            if item.name not in small:
+                made.append(item)
+                continue
+            made.append(_one(item, root, key, loaded))
+            progress.advance()
     notes = [
         f"{item.source}: {data.upscale.by} made {item.width} x {item.height} pixels of its {own[0]} x {own[1]}"
         for item in made
@@ -85,7 +92,7 @@ def _one(item: Item, root: Path, key: StageKey, loaded: Callable[[], upscalers.E
         _check(item, large)
         return _png(large)
 
-    sha256, _ = kept(path, key.of(item.sha256), make)
+    sha256 = kept(path, key.of(item.sha256), make)
     with Image.open(path) as picture:
         size = picture.size
     mask = None

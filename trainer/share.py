@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -30,6 +31,15 @@ class Share:
     def of(self, work: Sequence[_T]) -> Sequence[_T]:
         """Every `processes`-th piece of the work: the parts of all ranks together are the whole."""
         return work[self.rank :: self.processes]
+
+    @contextmanager
+    def first_alone(self) -> Generator[None]:
+        """The first process goes through what is inside before the others, who find what it made."""
+        if not self.first:
+            self.barrier()
+        yield
+        if self.first:
+            self.barrier()
 
 
 ALONE = Share()

@@ -163,7 +163,9 @@ def source(tmp_path: Path) -> Path:
 
 
 def made(source: Path, out: Path, **data: Any) -> None:
-    options = {"source": "", "dedupe": "near", "masks": True, "crop": "mask", "embedded_captions": True, **data}
+    mask = {"feather": 0.1, "invert": True}
+    options = {"source": "", "dedupe": "near", "masks": True, "mask": mask, "crop": "mask", "embedded_captions": True}
+    options |= data
     build(str(source), out, DataArgs.model_validate(options), 64, 16)
 
 
@@ -186,6 +188,10 @@ def test_the_dataset_is_the_same_with_any_number_of_workers(
         assert len({(tmp_path / f"out{workers}" / name).read_bytes() for workers in counts}) == 1, name
     rows = [json.loads(line) for line in (tmp_path / "out2/dataset.jsonl").read_text().splitlines()]
     assert len(rows) == 19
+    masks = [row["mask"] for row in rows if row["mask"]]
+    assert len(masks) == 4
+    for name in masks:
+        assert len({(tmp_path / f"out{workers}" / name).read_bytes() for workers in counts}) == 1, name
     assert sum(row["centering"] != [0.5, 0.5] for row in rows) > 0
 
 

@@ -390,6 +390,16 @@ class Half:
         return found
 
 
+def test_finished_masks_are_made_once(source: Path, tmp_path: Path) -> None:
+    Image.new("L", (64, 48), 200).save(source / "a.mask.png")
+    made: list[int] = []
+    for feather in (0.1, 0.1, 0.2):
+        report = run(source, tmp_path / "run", mask={"feather": feather})
+        (mask,) = [item.mask for item in report.items if item.mask]
+        made.append((tmp_path / "run" / mask).stat().st_mtime_ns)
+    assert made[0] == made[1] < made[2]
+
+
 def test_an_unknown_source_is_answered_with_the_nearest(source: Path, tmp_path: Path) -> None:
     with pytest.raises(PartError, match=r"data.mask.sources 'fase' is unknown; did you mean face"):
         run(source, tmp_path / "run", mask={"sources": ["fase"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from test_masks import noise
 from transformers import Swin2SRForImageSuperResolution
 from transformers.models.swin2sr.image_processing_pil_swin2sr import Swin2SRImageProcessorPil
 
-from preprocess import PreprocessError, Report, build
+from preprocess import PreprocessError, Report, build, upscale
 from preprocess.upscalers.swin2sr import tiled
 from trainer.args import DataArgs
 from trainer.dataset import load_mask, load_pixels, read_manifest
@@ -96,6 +97,17 @@ def test_it_is_what_the_model_makes_of_the_picture(source: Path, model: Path, tm
     assert found.shape == (48, 48, 3)
     assert whole[:40, :40].std() > 5
     np.testing.assert_allclose(found[:24, :24], whole[:24, :24], atol=1)
+
+
+def test_it_says_how_far_it_is(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(upscale, "Progress", partial(upscale.Progress, after_s=1e-9, every_s=0.0))
+    (tmp_path / "twice.py").write_text(OWN.replace("FACTOR", "2"), encoding="utf-8")
+    caplog.set_level("INFO")
+    run(source, tmp_path / "run", None, upscale={"by": f"{tmp_path}/twice.py:Twice"})
+    lines = [line.split("  ")[0] for line in caplog.messages if line.startswith("enlarging by")]
+    assert lines == [f"enlarging by {tmp_path}/twice.py:Twice {done}/2" for done in (1, 2)]
 
 
 def test_without_it_they_are_only_named(source: Path, tmp_path: Path) -> None:
