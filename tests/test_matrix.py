@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from trainer.loop import Run, train
 from trainer.models import FAMILIES
 from trainer.objectives import OBJECTIVES
 from trainer.optim import OPTIMIZERS, build, lr_at
-from trainer.path import NoisePath
+from trainer.path import FlowPath, NoisePath, Target
 from trainer.types import Adapter, Cond, ModelFamily, Predict
 from trainer.view import label
 
@@ -53,6 +53,14 @@ OBJECTIVE: dict[str, dict[str, Any]] = {
         "t_min": 100,
         "prior_weight": 0.5,
     },
+}
+EVERYTHING: dict[str, Any] = {  # that can be on at once
+    **OBJECTIVE["denoise-all"],
+    "weight": {"kind": "soft_min_snr"},
+    "distance": {"kind": "huber", "delta": 0.2, "schedule": "snr"},
+    "levels": {"density": "logit_normal", "mean": 0.3, "shift_by": "flux"},
+    "noise": {"pyramid": 0.3, "perturbation": 0.1, "condition": 0.05, "gamma": 0.01},
+    "mask_prior": 0.5,
 }
 OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
     "adamw": {
@@ -183,7 +191,12 @@ def test_three_steps_equal_one_saved_and_two_resumed(
 ) -> None:
     def new() -> Run:
         torch.manual_seed(torch.seed())  # a run that leans on the global generator is found out
-        return make_run(family, make_adapters(ADAPTER[adapter]), OBJECTIVE[objective], OPTIMIZER[optimizer])
+        return make_run(
+            family,
+            make_adapters(ADAPTER[adapter]),
+            {**OBJECTIVE, "everything": EVERYTHING}[objective],
+            OPTIMIZER[optimizer],
+        )
 
     def leave(run: Run) -> None:
         for part in reversed(run.adapters):
@@ -211,6 +224,31 @@ def test_three_steps_equal_one_saved_and_two_resumed(
     assert equal(resumed, trained)
     for component in whole.components:
         assert any(not torch.equal(start[n], trained[n]) for n, _ in whole.components[component]), component
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [("sdxl" if target == "epsilon" else "sd15-v", target) for target in get_args(Target)],
+    indirect=["family"],
+)
+def test_everything_that_an_objective_can_do_resumes_for_every_target(
+    family: ModelFamily, target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = FlowPath.shifted(shift=3.0) if target == "flow_prediction" else NoisePath(sd_alphas(), target)
+    monkeypatch.setattr(family, "path", path)
+    test_three_steps_equal_one_saved_and_two_resumed(family, "pivotal", "everything", "adamw", tmp_path)
+    terms = {"raw", "weighted", "prior", "prior_weighted", "outside", "outside_weighted", "penalty"}
+    run = make_run(family, make_adapters(ADAPTER["pivotal"]), EVERYTHING, OPTIMIZER["adamw"])
+    step = next(train(run))
+    for part in reversed(run.adapters):
+        part.detach()
+    assert set(step.terms) == terms
+    assert step.terms["raw"] != step.terms["weighted"]
+
+
+def sd_alphas() -> torch.Tensor:
+    """alphas_cumprod of Stable Diffusion 1.5."""
+    return (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
 
 
 def test_both_targets_are_in_the_matrix(request: pytest.FixtureRequest) -> None:

@@ -293,3 +293,39 @@ def test_a_density_reaches_the_timesteps() -> None:
     late(predict, batch(x0))
     counts = torch.bincount(predict.t, minlength=3) / 500
     torch.testing.assert_close(counts, torch.tensor([1, 7, 19]) / 27, atol=0.06, rtol=0)  # cubes of thirds
+
+
+class Meddler:
+    """A probe that writes down what it is told, and changes it."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def timesteps(self, t: Tensor) -> Tensor:
+        self.told.append("timesteps")
+        return torch.full_like(t, 2)
+
+    def noise(self, eps: Tensor) -> Tensor:
+        self.told.append("noise")
+        return torch.full_like(eps, 0.5)
+
+    def prediction(self, pred: Tensor, xt: Tensor, t: Tensor, cond: Cond, target: Tensor) -> Tensor:
+        self.told.append("prediction")
+        self.seen = pred, xt, t, cond, target
+        return pred + 1.0
+
+
+def test_a_probe_is_told_in_turn_and_what_it_says_is_trained() -> None:
+    x0, predict, probe = torch.full((2, 1, 2, 2), 3.0), Recorder(0.25), Meddler()
+    plan = Denoise(ObjectiveArgs(t_max=3, prior_weight=2.0), NoisePath(ACP, "epsilon"), Recorder(0.5))
+    words = Cond(torch.ones(2, 1, 1))
+    loss = plan(predict, replace(batch(x0), probe=probe, prior=words))
+    assert probe.told == ["timesteps", "noise", "prediction"]
+    pred, xt, t, cond, target = probe.seen
+    assert (pred.unique().item(), t.tolist(), target.unique().item()) == (0.25, [2, 2], 0.5)
+    torch.testing.assert_close(xt, 0.2**0.5 * x0 + 0.8**0.5 * 0.5)
+    assert cond is not words
+    torch.testing.assert_close(loss.terms["raw"], torch.tensor(0.75**2))
+    torch.testing.assert_close(loss.terms["prior"], torch.tensor(0.25**2))
+    torch.testing.assert_close(loss.terms["prior_weighted"], torch.tensor(2 * 0.25**2))
+    torch.testing.assert_close(loss.total, loss.terms["weighted"] + loss.terms["prior_weighted"])

@@ -34,31 +34,32 @@ class Denoise:
     def __call__(self, predict: Predict, batch: Batch) -> Loss:
         """Total: the weighted loss and its extra terms, each times its weight.
 
-        Terms: raw, the plain mean squared error; weighted, what pictures are trained on; prior and outside, where
-        they are kept, before their weights.
+        Terms: raw, the plain mean squared error, and weighted, what pictures are trained on; where they are kept,
+        prior and outside, before their weights, and prior_weighted and outside_weighted, after.
 
         The prior is kept as in Learning without Forgetting (arXiv 1606.09282): on the same noisy pictures, with a
         class word for the trigger, the prediction stays what it is without the adapters. No class pictures are needed.
         """
-        args, x0 = self.args, batch.latents
-        t = self._timesteps(batch)
-        eps = self._noise(batch, t)
+        args, x0, probe = self.args, batch.latents, batch.probe
+        t = self._timesteps(batch) if probe is None else probe.timesteps(self._timesteps(batch))
+        eps = self._noise(batch, t) if probe is None else probe.noise(self._noise(batch, t))
         xt = self.path.noisy(x0, perturbed(eps, args.noise.perturbation, batch.generator), t)
-        t_there = t.to(x0.device)
-        pred = predict(xt, t_there, noisy_condition(batch.cond, args.noise.condition, batch.generator))
-        target = self.path.target_of(x0, eps, t)
+        cond = noisy_condition(batch.cond, args.noise.condition, batch.generator)
+        t_there, target = t.to(x0.device), self.path.target_of(x0, eps, t)
+        pred = predict(xt, t_there, cond)
+        if probe is not None:
+            pred = probe.prediction(pred, xt, t_there, cond, target)
         total = self._per_picture(pred, target, t, batch).mean()
         terms = {"raw": ((pred.detach().float() - target.float()) ** 2).flatten(1).mean(1).mean()}
         terms["weighted"] = total.detach()
         if args.mask_prior and batch.mask is not None:
             kept = self.frozen(xt, t_there, batch.cond if batch.prior is None else batch.prior)
-            error = distance(pred, kept, args.distance, self.path, t)
-            outside = outside_mean(error, batch.mask).mean()
-            total, terms["outside"] = total + args.mask_prior * outside, outside.detach()
+            outside = outside_mean(distance(pred, kept, args.distance, self.path, t), batch.mask).mean()
+            total = _joined(total, terms, "outside", outside, args.mask_prior)
         if batch.prior is not None:
             kept = self.frozen(xt, t_there, batch.prior)
             prior = distance(predict(xt, t_there, batch.prior), kept, args.distance, self.path, t).mean()
-            total, terms["prior"] = total + args.prior_weight * prior, prior.detach()
+            total = _joined(total, terms, "prior", prior, args.prior_weight)
         return Loss(total, terms)
 
     def _timesteps(self, batch: Batch) -> Tensor:
@@ -86,6 +87,12 @@ class Denoise:
         if args.weighting != "none":
             each = each * weight_of(self.path, t, args.weighting, self.gamma, args.weight).to(each.device)
         return each if batch.weight is None else each * batch.weight
+
+
+def _joined(total: Tensor, terms: dict[str, Tensor], name: str, term: Tensor, weight: float) -> Tensor:
+    """The total with an extra term, which `terms` then tells before and after its weight."""
+    terms[name], terms[f"{name}_weighted"] = term.detach(), weight * term.detach()
+    return total + weight * term
 
 
 def masked_mean(error: Tensor, mask: Tensor, floor: float) -> Tensor:
