@@ -99,6 +99,9 @@ def test_the_run_directory_page_names_every_path() -> None:
         "docs/caption-accuracy.md",
         "docs/run-directory.md",
         "docs/masks.md",
+        "docs/pictures.md",
+        "docs/concepts.md",
+        "docs/several-processes.md",
     ],
 )
 def test_paths_and_links_lead_somewhere(name: str) -> None:
