@@ -12,6 +12,7 @@ from PIL import Image
 from bench import captions
 from preprocess import build
 from trainer.args import DataArgs, TrainArgs
+from trainer.hooks import Hook
 from trainer.run import opened
 from trainer.rundir import RunDir
 
@@ -98,6 +99,7 @@ def test_the_run_directory_page_names_every_path() -> None:
         "docs/adding-a-part.md",
         "docs/caption-accuracy.md",
         "docs/run-directory.md",
+        "docs/hooks.md",
         "docs/masks.md",
         "docs/pictures.md",
         "docs/concepts.md",
@@ -122,3 +124,31 @@ def test_the_tables_of_the_captions_page_are_those_of_the_results() -> None:
         for name, method in (("quality", "pivotal"), ("quality-captions", "pivotal, captions by clip"))
     }
     assert seeds["quality"] == seeds["quality-captions"] == [0, 1, 2]  # a difference is of the same seeds
+
+
+def test_the_hook_of_the_hooks_page_fades_a_rate(tmp_path: Path, tiny_base: Path, tiny_pictures: Path) -> None:
+    text = page("docs/hooks.md")
+    match = re.search(r"```python\n# (?P<file>\w+\.py)\n(?P<code>.*?)```", text, re.DOTALL)
+    written = re.search(r"```json\n(.*?)```", text, re.DOTALL)
+    assert match
+    assert written
+    (tmp_path / match["file"]).write_text(match["code"], encoding="utf-8")
+    (use,) = json.loads(written[1])["hooks"]["extra"]
+    use = {"use": f"{tmp_path}/{use['use']}", "options": {**use["options"], "every": 1}}
+    args = TrainArgs.model_validate(
+        {
+            "data": {"source": str(tiny_pictures), "resolution": 32},
+            "model": {"base": str(tiny_base)},
+            "sample": {"steps": 1},
+            "hooks": {"tensorboard": False, "extra": [use]},
+            "runtime": {"out": str(tmp_path), "steps": 2, "batch_size": 2, "device": "cpu"},
+        }
+    )
+    with opened(args) as session:
+        assert [step.lr["adapter"] for step in session.steps()] == [1e-3, 5e-4]
+
+
+def test_the_hooks_page_has_every_event() -> None:
+    rows = set(re.findall(r"^\| `(\w+)\(", page("docs/hooks.md"), re.MULTILINE))
+    named = {name for name in vars(Hook) if name.startswith("on_")} | {"wants_stop", "close"}
+    assert rows == named

@@ -265,8 +265,8 @@ def test_a_signal_makes_a_checkpoint_and_exits_130(
     stop.write_text(
         "import os\nfrom trainer.hooks import Hook\n"
         "class Stop(Hook):\n"
-        "    def on_gradients(self, run, update):\n"
-        f"        if update == 2: os.kill(os.getpid(), {int(number)})\n"
+        "    def on_gradients(self, run, event):\n"
+        f"        if event.update == 2: os.kill(os.getpid(), {int(number)})\n"
         "        return {}\n"
     )
     before = signal.getsignal(number)

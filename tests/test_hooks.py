@@ -19,6 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer import cli, progress, run
+from trainer.events import Gradients
 from trainer.hooks import Context, Hook
 from trainer.hooks.checkpoints import RESUMABLE, digest, fixed
 from trainer.hooks.progress import Progress
@@ -79,7 +80,7 @@ def test_attention_gradients_are_the_mean_of_their_layers(tiny_base: Path, tiny_
     seen: list[dict[str, float]] = []
 
     class Recompute(Hook):
-        def on_gradients(self, run: Run, update: int) -> Mapping[str, float]:
+        def on_gradients(self, run: Run, event: Gradients) -> Mapping[str, float]:
             means: dict[str, float] = {}
             for letter in "qk":
                 named = [p for n, p in run.components["adapter"] if f".to_{letter}." in n]
@@ -148,8 +149,8 @@ def test_a_hook_of_ones_own(tiny_base: Path, tiny_pictures: Path, tmp_path: Path
     mine.write_text(
         "from trainer.hooks import Hook\n"
         "class Mine(Hook):\n"
-        "    def on_gradients(self, run, update):\n"
-        "        return {'mine': float(update)}\n"
+        "    def on_gradients(self, run, event):\n"
+        "        return {'mine': float(event.update)}\n"
         "class NoHook: ...\n"
     )
     few = {"steps": 2}

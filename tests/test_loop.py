@@ -15,6 +15,7 @@ from small import CPU, equal, make_run, tensors
 from torch import Tensor
 
 from trainer.checkpoint import load, save
+from trainer.events import Gradients
 from trainer.loop import NonFiniteLoss, Run, train
 from trainer.seed import derive
 from trainer.types import Batch, Cond, Loss, Predict, Samples, Step
@@ -31,11 +32,11 @@ class Watch:
     def on_start(self, run: Run) -> None:
         self.events.append("start")
 
-    def on_gradients(self, run: Run, update: int) -> Mapping[str, float]:
-        self.events.append(f"gradients {update}")
+    def on_gradients(self, run: Run, event: Gradients) -> Mapping[str, float]:
+        self.events.append(f"gradients {event.update}")
         named = [pair for component in run.components.values() for pair in component]
         self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-        return {"watched": float(update)}
+        return {"watched": float(event.update)}
 
     def on_step(self, run: Run, step: Step) -> None:
         self.events.append(f"step {step.step}")

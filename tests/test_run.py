@@ -11,6 +11,7 @@ from PIL import Image
 
 from trainer import cli, run
 from trainer.dataset import Tags, forms, load_mask, load_pixels, read_manifest
+from trainer.events import Gradients
 from trainer.models.sd15 import SD15
 from trainer.view import Augment, Version, label, sizes
 
@@ -28,9 +29,11 @@ def gradients(base: Path, pictures: Path, out: Path, dtype: str) -> dict[str, to
         found: dict[str, torch.Tensor] = {}
 
         class Keep(run.Hook):
-            def on_gradients(self, run: run.Run, update: int) -> dict[str, float]:
+            def on_gradients(self, run: run.Run, event: Gradients) -> dict[str, float]:
                 for named in run.components.values():
-                    found.update({name: p.grad.clone() for name, p in named if update == 0 and p.grad is not None})
+                    found.update(
+                        {name: p.grad.clone() for name, p in named if event.update == 0 and p.grad is not None}
+                    )
                 return {}
 
         session.run.hooks = [Keep(run.Context(session.dir, session.args))]

@@ -64,6 +64,7 @@ def _train(command: cli.Command, stop: _Stop, here: ranks.Ranks) -> int:
     from preprocess import PreprocessError  # after --help and the args: these imports take seconds
     from trainer.checkpoint import CheckpointError
     from trainer.dataset import DatasetError
+    from trainer.events import HookError
     from trainer.export import ExportError
     from trainer.hooks.checkpoints import Drifted
     from trainer.loop import NonFiniteLoss
@@ -83,7 +84,7 @@ def _train(command: cli.Command, stop: _Stop, here: ranks.Ranks) -> int:
             return _follow(session, stop)
     except (RunDirError, RunError, BaseModelError, PreprocessError, DatasetError, PartError) as error:
         return said(error, BAD_INPUT)
-    except (NonFiniteLoss, CheckpointError, ExportError, Drifted, ranks.RanksError) as error:
+    except (NonFiniteLoss, CheckpointError, ExportError, Drifted, HookError, ranks.RanksError) as error:
         return said(error, FAILED, where)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -7,7 +7,7 @@ values left at `None` are derived by `trainer.run.resolve` and saved resolved in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
@@ -752,9 +752,20 @@ class SampleArgs(Section):
     strengths: tuple[float, ...] = Field((0.5, 1.0), description="adapter strengths of the last rows of the grid")
 
 
+class HookUse(Section):
+    """A hook with options of its own."""
+
+    use: str = Field(description="a name of trainer.hooks, module:attr or file.py:attr")
+    options: dict[str, Any] = Field(default_factory=dict[str, Any], description="what the hook declares")
+
+
 class HooksArgs(Section):
     tensorboard: bool = Field(True, description="write TensorBoard event files to RUN/tensorboard")
-    extra: tuple[str, ...] = Field((), description="more hooks: table names, module:attr or file.py:attr")
+    extra: tuple[str | HookUse, ...] = Field(
+        (),
+        description="more hooks: table names, module:attr or file.py:attr; with options as "
+        '{"use": "file.py:attr", "options": {...}}',
+    )
 
 
 class RuntimeArgs(Section):

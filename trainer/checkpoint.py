@@ -3,6 +3,7 @@
     step_000500/adapter.safetensors        an adapter's tensors, one file for each component
                 optim_adapter.safetensors  the tensors of its optimizer's state
                 optim_adapter.json         the rest of that state; {"tensor": key} points into the file above
+                hook_ema.safetensors       what a hook keeps, one file for each that keeps something
                 state.json                 step, digest of the args
 
 Nothing is pickled. Floats survive JSON exactly, because Python writes the shortest text that reads back the same.
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainer.rundir import RunDir
-from trainer.types import Adapter
+from trainer.types import Adapter, Keeps
 
 FORMAT = 1
 
@@ -33,7 +34,12 @@ class CheckpointError(RuntimeError):
 
 
 def save(
-    path: Path, step: int, adapters: Sequence[Adapter], optimizers: Mapping[str, Optimizer], digest: str = ""
+    path: Path,
+    step: int,
+    adapters: Sequence[Adapter],
+    optimizers: Mapping[str, Optimizer],
+    digest: str = "",
+    hooks: Sequence[Keeps] = (),
 ) -> Path:
     """Write the checkpoint folder `path` whole, or leave everything as it was.
 
@@ -45,6 +51,9 @@ def save(
         CheckpointError: the disk is full or refuses; no trace of this checkpoint is left, older ones are untouched.
     """
     files = _files(step, adapters, optimizers, digest)
+    for hook in hooks:
+        if state := hook.state_dict():
+            files[_hook_file(hook)] = _tensor_bytes(state)
     temporary = path.parent / f".writing-{path.name}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
@@ -65,9 +74,15 @@ def save(
 
 
 def load(
-    path: Path, adapters: Sequence[Adapter], optimizers: Mapping[str, Optimizer], digest: str | None = None
+    path: Path,
+    adapters: Sequence[Adapter],
+    optimizers: Mapping[str, Optimizer],
+    digest: str | None = None,
+    hooks: Sequence[Keeps] = (),
 ) -> int:
     """Put a checkpoint back into attached adapters and freshly built optimizers; the updates it stands for.
+
+    A hook that it holds nothing of is left alone: it kept nothing, or is new to the run.
 
     Raises:
         CheckpointError: a file is missing or damaged, or belongs to another run (`digest` or parameters differ).
@@ -82,6 +97,9 @@ def load(
             adapter.load_state_dict(safetensors.torch.load((path / f"{adapter.component}.safetensors").read_bytes()))
         for component, optimizer in optimizers.items():
             _load_optimizer(path, component, optimizer)
+        for hook in hooks:
+            if (path / _hook_file(hook)).exists():
+                hook.load_state_dict(safetensors.torch.load((path / _hook_file(hook)).read_bytes()))
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
     return int(state["step"])
@@ -109,6 +127,10 @@ def _files(
         files[f"optim_{component}.safetensors"] = _tensor_bytes(tensors)
     files["state.json"] = _json_bytes({"format": FORMAT, "step": step, "digest": digest})
     return files
+
+
+def _hook_file(hook: Keeps) -> str:
+    return f"hook_{hook.name}.safetensors"
 
 
 def _load_optimizer(path: Path, component: str, optimizer: Optimizer) -> None:

@@ -264,7 +264,7 @@ def _add_argument(group: Any, *names: str, **settings: Any) -> Any:
     if field is not None:
         settings["help"] = f"{field.description}{_default_text(option, field)}".replace("%", "%%")
         if get_origin(field.annotation) is tuple:
-            text = get_args(field.annotation)[0] is str
+            text = str in (kind := get_args(field.annotation)[0], *get_args(kind))
             settings |= {"metavar": "TEXT", "type": _one_text} if text else {"metavar": "A,B"}
         elif "metavar" in settings and not str(settings["metavar"]).startswith("{"):
             settings["metavar"] = str(settings["metavar"]).upper()
@@ -285,5 +285,6 @@ def _default_text(option: str, field: FieldInfo) -> str:
 
 
 def _one_text(word: str) -> str:
-    """A repeated flag gives one text each time, commas and all; a JSON list gives several."""
-    return word if word.lstrip().startswith("[") else json.dumps([word])
+    """A repeated flag gives one text each time, commas and all; a JSON list gives several, a JSON object one."""
+    start = word.lstrip()[:1]
+    return word if start == "[" else f"[{word}]" if start == "{" else json.dumps([word])

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.events import AfterUpdate, BatchMade, BeforeUpdate, Gradients, LossComputed, PicturesChosen, RatesSet
+from trainer.listeners import Listeners
 from trainer.optim import effective_lr, set_lr
 from trainer.seed import derive
 from trainer.types import Adapter, Batch, Cond, Hook, ModelFamily, Objective, Samples, Step
@@ -79,27 +81,25 @@ class NonFiniteLoss(ArithmeticError):  # noqa: N818  it names what happened
 
 
 def train(run: Run, start: int = 0) -> Iterator[Step]:
-    """Yield a Step after each update from `start` (updates already done) to run.steps."""
-    for hook in run.hooks:
-        hook.on_start(run)
+    """Yield a Step after each update from `start` (updates already done) to run.steps, or to where a hook stops it."""
+    tell = Listeners(run, run.hooks)
+    tell.say("on_start", run)
     for update in range(start, run.steps):
         began = time.perf_counter()
-        own = [_micro(run, update, micro) for micro in range(run.accumulate)]
+        own = [_micro(run, tell, update, micro) for micro in range(run.accumulate)]
         micros = [_Micro(*row) for row in run.engine.gathered(own)]
         for micro in micros:
             if not math.isfinite(micro.loss):
                 raise NonFiniteLoss("the loss", update + 1, micro.names)
         run.engine.average([parameter for named in run.components.values() for _, parameter in named])
-        extra = {key: value for hook in run.hooks for key, value in hook.on_gradients(run, update).items()}
+        extra = tell(Gradients(update)).extra
         norms = {component: _clip(run, component) for component in run.components}
         names = [name for micro in micros for name in micro.names]
         for component, norm in norms.items():
             if not math.isfinite(norm):
                 raise NonFiniteLoss(f"the gradient of {component}", update + 1, names)
-        for component, optimizer in run.optimizers.items():
-            set_lr(optimizer, run.lr[component](update / run.steps))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        rates = {component: run.lr[component](update / run.steps) for component in run.optimizers}
+        _update(run, tell, update, tell(RatesSet(update, rates)).lr)
         step = Step(
             step=update + 1,
             images=len(names),
@@ -110,11 +110,13 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
             seconds=time.perf_counter() - began,
             extra=extra,
         )
-        for hook in run.hooks:
-            hook.on_step(run, step)
+        tell.say("on_step", run, step)
+        stop = tell.stop(step)
         yield step
-    for hook in run.hooks:
-        hook.on_end(run)
+        if stop is not None:
+            tell.stopped(step.step, stop)
+            break
+    tell.say("on_end", run)
 
 
 class _Micro(NamedTuple):
@@ -123,11 +125,12 @@ class _Micro(NamedTuple):
     names: Sequence[str]
 
 
-def _micro(run: Run, update: int, micro: int) -> _Micro:
+def _micro(run: Run, tell: Listeners, update: int, micro: int) -> _Micro:
     """One forward and backward; its gradients are added to what the parameters hold, if its loss is finite."""
     engine = run.engine
     turn = micro * engine.processes + engine.rank  # among the micros of all processes for this update
     samples = run.dataset.micro(update * run.accumulate * engine.processes + turn)
+    samples = tell(PicturesChosen(update, turn, samples)).samples
     seed = derive(run.seed, "micro", update, turn, 0)
     torch.manual_seed(seed)  # for layers that draw, such as an adapter's dropout
     sizes = None if samples.sizes is None else samples.sizes.to(engine.device)
@@ -140,8 +143,10 @@ def _micro(run: Run, update: int, micro: int) -> _Micro:
             mask=None if samples.mask is None else samples.mask.to(engine.device),
             prior=replace(run.encode(samples.prior), sizes=sizes) if samples.prior else None,
             weight=None if samples.weight is None else samples.weight.to(engine.device),
+            probe=tell.probe(update, turn),
         )
-        loss = run.objective(run.family.predict, batch)
+        batch = tell(BatchMade(update, turn, batch, samples)).batch
+        loss = tell(LossComputed(update, turn, run.objective(run.family.predict, batch), batch)).loss
         penalties = [penalty for adapter in run.adapters if (penalty := adapter.penalty()) is not None]
     total = torch.stack([loss.total, *penalties]).sum() if penalties else loss.total
     value = total.item()
@@ -151,6 +156,17 @@ def _micro(run: Run, update: int, micro: int) -> _Micro:
     if penalties:
         terms["penalty"] = value - loss.total.item()
     return _Micro(value, terms, samples.names)
+
+
+def _update(run: Run, tell: Listeners, update: int, lr: Mapping[str, float]) -> None:
+    for component, optimizer in run.optimizers.items():
+        set_lr(optimizer, lr[component])
+    tell(BeforeUpdate(update))
+    for optimizer in run.optimizers.values():
+        optimizer.step()
+    tell(AfterUpdate(update))
+    for optimizer in run.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _clip(run: Run, component: str) -> float:

@@ -36,8 +36,10 @@ from trainer.adapters.textual_inversion import Concept, TextualInversion
 from trainer.args import CaptionModelArgs, DataArgs, RegularisationArgs, TrainArgs, TriggerModelArgs
 from trainer.dataset import Item, read_manifest
 from trainer.engine import Engine, EngineError
-from trainer.hooks import HOOKS, Context, Hook
+from trainer.events import Attached, ModelLoaded
+from trainer.hooks import Context, Hook, compose, presented
 from trainer.hooks.checkpoints import Checkpoints, digest, fixed
+from trainer.listeners import Listeners
 from trainer.loop import Run, train
 from trainer.models import FAMILIES, sniff
 from trainer.objectives import OBJECTIVES
@@ -48,8 +50,6 @@ from trainer.types import Adapter, Cond, HasScales, ModelFamily, Predict, Step
 _Model = TypeVar("_Model", CaptionModelArgs, TriggerModelArgs)
 
 log = logging.getLogger(__name__)
-
-STANDARD_HOOKS = ("qk_gradients", "metrics", "checkpoints", "samples", "progress")
 
 
 class RunError(ValueError):
@@ -78,7 +78,9 @@ class Session:
         return any(self.here.gathered([wish]))
 
     def _finish(self) -> None:
-        files = export.export(self.dir.export, self.args.runtime.name, self.run.family, self.run.adapters, self.args)
+        name, run = self.args.runtime.name, self.run
+        with presented(run, "export"):
+            files = export.export(self.dir.export, name, run.family, run.adapters, self.args)
         report.write(self.dir)
         log.info("done: %s", ", ".join(str(path) for path in [*files, self.dir.report]))
 
@@ -235,7 +237,7 @@ class _Parts:
     family: Any
     adapter: Any  # None for adapter.kind none
     objective: Any
-    hooks: tuple[type[Hook], ...]
+    hooks: tuple[compose.Chosen, ...]
 
 
 def _parts(args: TrainArgs, *, code: bool) -> _Parts:
@@ -245,18 +247,11 @@ def _parts(args: TrainArgs, *, code: bool) -> _Parts:
         maskers.kind(name, code=code)
     upscalers.kind(args.data.upscale.by, code=code)
     stages.chain(args.data.stages, code=code)
-    names = [*STANDARD_HOOKS, *(["tensorboard"] if args.hooks.tensorboard else []), *args.hooks.extra]
-    hooks: list[type[Hook]] = []
-    for name in dict.fromkeys(names):
-        kind: Any = registry.load(HOOKS, name, "hooks.extra", code=code)
-        if not (isinstance(kind, type) and issubclass(kind, Hook)):
-            raise registry.PartError(f"hooks.extra {name!r} is no subclass of trainer.hooks.Hook")
-        hooks.append(kind)
     return _Parts(
         family=registry.load(FAMILIES, args.model.family, "model.family", code=code),
         adapter=None if adapter == "none" else registry.load(ADAPTERS, adapter, "adapter.kind", code=code),
         objective=registry.load(OBJECTIVES, args.objective.kind, "objective.kind", code=code),
-        hooks=tuple(hooks),
+        hooks=compose.chosen(args.hooks, code=code),
     )
 
 
@@ -288,15 +283,20 @@ def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engi
     newest = run_dir.newest_checkpoint()
     start: int = engine.gathered([newest[0] if newest else 0])[0]
     context = Context(run_dir, args, start, tuple(str(item.file) for item in concepts.in_turn(items)))
-    run = _run(context, family, engine, items, parts)
-    if here.first:
-        environment.record(run_dir.env, family, engine.device, start, here.processes)
-    here.barrier()
-    environment.check(run_dir.env, family)
-    if start:
-        checkpoint.load(run_dir.checkpoint(start), run.adapters, run.optimizers, digest(args))
-    engine.equalise([parameter for named in run.components.values() for _, parameter in named])
-    log.info("%s: %d pictures, step %d of %d, on %s", run_dir.root, len(items), start, run.steps, _where(engine))
+    hooks = compose.made(parts.hooks, context, first=here.first)
+    with ExitStack() as undo:
+        for hook in hooks:
+            undo.callback(hook.close)
+        run = _run(context, family, engine, items, parts, hooks)
+        if here.first:
+            environment.record(run_dir.env, family, engine.device, start, here.processes)
+        here.barrier()
+        environment.check(run_dir.env, family)
+        if start:
+            checkpoint.load(run_dir.checkpoint(start), run.adapters, run.optimizers, digest(args), hooks)
+        engine.equalise([parameter for named in run.components.values() for _, parameter in named])
+        log.info("%s: %d pictures, step %d of %d, on %s", run_dir.root, len(items), start, run.steps, _where(engine))
+        undo.pop_all()  # whoever has the session closes it
     return Session(args, run_dir, run, start, here)
 
 
@@ -304,9 +304,18 @@ def _where(engine: Engine) -> str:
     return f"{engine.processes} processes, {engine.device}" if engine.processes > 1 else str(engine.device)
 
 
-def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[Item], parts: _Parts) -> Run:
+def _run(
+    context: Context,
+    family: ModelFamily,
+    engine: Engine,
+    items: Sequence[Item],
+    parts: _Parts,
+    hooks: Sequence[Hook],
+) -> Run:
     args, run_dir = context.args, context.dir
     assert args.runtime.steps is not None  # resolved
+    tell = Listeners(None, hooks)
+    tell.say("on_model", ModelLoaded(family, engine.device))
     adapters = _adapters(args, items, parts)
     try:
         objective = parts.objective(args.objective, family.path, _frozen(family, adapters))
@@ -324,6 +333,7 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
     for named in components.values():
         for _, parameter in named:
             engine.watch(parameter)
+    tell.say("on_attached", Attached(family, components))
     sections = {name: getattr(args.optim, name) for name in components}
     optimizers: dict[str, Optimizer] = {}
     for adapter in adapters:
@@ -342,7 +352,7 @@ def _run(context: Context, family: ModelFamily, engine: Engine, items: Sequence[
         dataset=dataset,
         objective=objective,
         encode=material.encoder(*shown),
-        hooks=[hook(context) for hook in parts.hooks if engine.here.first or hook.everywhere],
+        hooks=hooks,
         steps=args.runtime.steps,
         accumulate=args.runtime.accumulate,
         max_grad_norm=args.optim.max_grad_norm,
@@ -419,9 +429,10 @@ def _closing(session: Session) -> Generator[None]:
     try:
         yield
     finally:
-        for hook in session.run.hooks:
-            if isinstance(hook, Hook):
-                hook.close()
+        with ExitStack() as all_of_them:  # one that fails keeps none from closing
+            for hook in session.run.hooks:
+                if isinstance(hook, Hook):
+                    all_of_them.callback(hook.close)
         if isinstance(session.run.encode, cache.TextCache):
             session.run.encode.flush()
         for adapter in reversed(session.run.adapters):

@@ -12,7 +12,9 @@ import torch
 
 from trainer import checkpoint
 from trainer.args import TrainArgs
+from trainer.events import CheckpointSaved, Stopped
 from trainer.hooks import Hook
+from trainer.listeners import Listeners
 from trainer.loop import Run
 from trainer.types import Step
 
@@ -22,7 +24,8 @@ log = logging.getLogger(__name__)
 RESUMABLE = (
     "data.workers",
     "sample",
-    "hooks",
+    "hooks.tensorboard",
+    "hooks.extra",
     "runtime.checkpoint_every",
     "runtime.keep_checkpoints",
     "runtime.device",
@@ -58,6 +61,10 @@ class Checkpoints(Hook):
     """Also what an interrupted run calls to save where it is. The first process writes, once all have proved alike."""
 
     everywhere = True
+    own_errors = (checkpoint.CheckpointError, Drifted, OSError)
+
+    def on_stop(self, run: Run, event: Stopped) -> None:
+        self.save(run, event.step)
 
     def on_step(self, run: Run, step: Step) -> None:
         if step.step % self.context.args.runtime.checkpoint_every == 0 or step.step == run.steps:
@@ -75,8 +82,10 @@ class Checkpoints(Hook):
         if run.engine.rank > 0:
             return path
         if not path.exists():
-            checkpoint.save(path, step, run.adapters, run.optimizers, digest(self.context.args))
+            keepers = [hook for hook in run.hooks if isinstance(hook, Hook)]
+            checkpoint.save(path, step, run.adapters, run.optimizers, digest(self.context.args), keepers)
             log.info("checkpoint %s", path)
+            Listeners(run, run.hooks)(CheckpointSaved(step, path))
         checkpoint.prune(self.context.dir, self.context.args.runtime.keep_checkpoints)
         return path
 

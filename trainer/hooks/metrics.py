@@ -14,6 +14,8 @@ from trainer.types import Step
 class Metrics(Hook):
     """Appends. A resumed run first drops the lines of updates that it is going to repeat."""
 
+    own_errors = (OSError,)
+
     def on_start(self, run: Run) -> None:
         path = self.context.dir.metrics
         if path.exists():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from trainer.events import Gradients
 from trainer.hooks import Hook
 from trainer.loop import Run
 
@@ -17,7 +18,7 @@ _PROJECTION = {"q": re.compile(r"(^|[._])(to_q|q_proj)([._]|$)"), "k": re.compil
 class QKGradients(Hook):
     """Adds `grad_q` and `grad_k` to Step.extra when the trained parameters have such layers."""
 
-    def on_gradients(self, run: Run, update: int) -> Mapping[str, float]:
+    def on_gradients(self, run: Run, event: Gradients) -> Mapping[str, float]:
         extra: dict[str, float] = {}
         for letter, pattern in _PROJECTION.items():
             gradients = [

@@ -10,28 +10,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import ExitStack
+import shutil
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from PIL import Image
 
 from trainer import sampler
-from trainer.hooks import Hook
+from trainer.events import RowDrawn
+from trainer.hooks import Hook, presented
+from trainer.listeners import Listeners
 from trainer.loop import Run
 from trainer.types import Step
 
+BEFORE = "before"
 TRAINING_ROWS = 2  # at most so many rows of training pictures
 
 
 class Samples(Hook):
     """Fixed prompts and seeds: pictures in one column differ by the training alone."""
 
+    own_errors = (OSError,)
+
     def on_start(self, run: Run) -> None:
+        if self.context.start < run.steps:  # a hook may have ended the run, which goes on now
+            for row in self.context.dir.samples.glob("after_*"):
+                shutil.rmtree(row)
         if self.context.start == 0:
             with ExitStack() as base:
                 for adapter in run.adapters:
                     base.enter_context(adapter.disabled())
-                self._draw(run, "before", 1.0)
+                self._draw(run, BEFORE, 1.0)
             self._grid(run)
 
     def on_step(self, run: Run, step: Step) -> None:
@@ -63,24 +72,26 @@ class Samples(Hook):
         files = self._files(row)
         if not files or all(file.exists() for file in files):
             return
-        pictures = sampler.generate(
-            run.family,
-            args.prompts,
-            seeds=[args.seed + column for column in range(len(files))],
-            steps=args.steps,
-            guidance=args.guidance,
-            adapters=run.adapters,
-            strength=strength,
-        )
+        with nullcontext() if row == BEFORE else presented(run, "samples"):
+            pictures = sampler.generate(
+                run.family,
+                args.prompts,
+                seeds=[args.seed + column for column in range(len(files))],
+                steps=args.steps,
+                guidance=args.guidance,
+                adapters=run.adapters,
+                strength=strength,
+            )
         for file, picture in zip(files, pictures, strict=True):
             save(picture, file)
+        Listeners(run, run.hooks)(RowDrawn(row, tuple(files), tuple(self._files(BEFORE))))
 
     def _grid(self, run: Run) -> None:
         args = self.context.args.sample
         if not args.prompts:
             return
         during = range(args.every, run.steps, args.every) if args.every else ()
-        rows = [("before training", self._files("before"))]
+        rows = [("before training", self._files(BEFORE))]
         rows += [(f"step {step}", self._files(_during(step))) for step in during]
         rows += [(f"after, strength {strength:g}", self._files(_after(strength))) for strength in self._strengths(run)]
         drawn = [(label, files) for label, files in rows if all(file.exists() for file in files)]
