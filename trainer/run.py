@@ -33,7 +33,7 @@ from trainer import (
 )
 from trainer.adapters import ADAPTERS
 from trainer.adapters.textual_inversion import Concept, TextualInversion
-from trainer.args import CaptionModelArgs, DataArgs, RegularisationArgs, TrainArgs, TriggerModelArgs
+from trainer.args import CaptionModelArgs, DataArgs, ModelArgs, RegularisationArgs, TrainArgs, TriggerModelArgs
 from trainer.dataset import Item, read_manifest
 from trainer.engine import Engine, EngineError
 from trainer.events import Attached, ModelLoaded
@@ -138,6 +138,8 @@ def resumed(
     """
     run_dir = RunDir.open(root)
     saved = TrainArgs.model_validate_json(run_dir.args.read_text(encoding="utf-8"))
+    if saved.model.family == sniff.AUTO:  # written by hand, or by --print-args
+        saved = saved.model_copy(update={"model": _found(saved.model)})
     args = _located(args or saved)
     here = here or Ranks()
     _check_same(saved, _kept(args), root)
@@ -173,7 +175,6 @@ def _counted(data: DataArgs, items: Sequence[Item]) -> int:
 
 def _located(args: TrainArgs) -> TrainArgs:
     """The tree with local paths absolute and the family by name, so that it means the same wherever it is fed back."""
-    config = environment.located(args.model.config) if args.model.config else None
     return args.model_copy(
         update={
             "data": args.data.model_copy(
@@ -185,11 +186,14 @@ def _located(args: TrainArgs) -> TrainArgs:
                     **_models_nearby(args.data),
                 }
             ),
-            "model": sniff.named(
-                args.model.model_copy(update={"base": environment.located(args.model.base), "config": config})
-            ),
+            "model": _found(args.model),
         }
     )
+
+
+def _found(model: ModelArgs) -> ModelArgs:
+    config = environment.located(model.config) if model.config else None
+    return sniff.named(model.model_copy(update={"base": environment.located(model.base), "config": config}))
 
 
 def _kept(args: TrainArgs) -> TrainArgs:

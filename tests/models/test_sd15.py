@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from ldm import clip, write
 from safetensors.torch import load_file, save_file
 
 from trainer.args import ModelArgs
@@ -188,81 +189,10 @@ def test_refuses_an_inpainting_unet(tiny_base: Path, tmp_path: Path) -> None:
     assert "inpainting" in refusal(base)
 
 
-def ldm_unet_name(name: str) -> str:
-    """Original Stable Diffusion name of a tensor of the tiny UNet (two levels, one layer a block)."""
-    places = {
-        "down_blocks.0.resnets.0": "input_blocks.1.0",
-        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
-        "down_blocks.1.resnets.0": "input_blocks.3.0",
-        "down_blocks.1.attentions.0": "input_blocks.3.1",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-        "up_blocks.0.resnets.0": "output_blocks.0.0",
-        "up_blocks.0.attentions.0": "output_blocks.0.1",
-        "up_blocks.0.resnets.1": "output_blocks.1.0",
-        "up_blocks.0.attentions.1": "output_blocks.1.1",
-        "up_blocks.0.upsamplers.0": "output_blocks.1.2",
-        "up_blocks.1.resnets.0": "output_blocks.2.0",
-        "up_blocks.1.resnets.1": "output_blocks.3.0",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-    }
-    layers = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "conv_shortcut": "skip_connection",
-    }
-    place = next(p for p in places if name.startswith(p + "."))
-    tail = name[len(place) + 1 :]
-    if ".resnets." in f".{place}":
-        layer, _, rest = tail.partition(".")
-        tail = f"{layers[layer]}.{rest}"
-    return f"model.diffusion_model.{places[place]}.{tail}"
-
-
-def ldm_vae_name(name: str) -> str:
-    """Original name of a tensor of the tiny VAE (two levels)."""
-    for new, old in {
-        "encoder.down_blocks.0.downsamplers.0": "encoder.down.0.downsample",
-        "encoder.down_blocks.": "encoder.down.",
-        "decoder.up_blocks.0.upsamplers.0": "decoder.up.1.upsample",
-        "decoder.up_blocks.0.": "decoder.up.1.",
-        "decoder.up_blocks.1.": "decoder.up.0.",
-        ".resnets.": ".block.",
-        "mid_block.block.0": "mid.block_1",
-        "mid_block.block.1": "mid.block_2",
-        "mid_block.attentions.0": "mid.attn_1",
-        "group_norm": "norm",
-        "to_q": "q",
-        "to_k": "k",
-        "to_v": "v",
-        "to_out.0": "proj_out",
-        "conv_norm_out": "norm_out",
-        "conv_shortcut": "nin_shortcut",
-    }.items():
-        name = name.replace(new, old)
-    return f"first_stage_model.{name}"
-
-
 @pytest.fixture(scope="module")
 def single_file(stock: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base as one checkpoint with the original Stable Diffusion names."""
-    weights = {ldm_unet_name(k): v for k, v in stock.unet.state_dict().items()}
-    for key, value in stock.vae.state_dict().items():
-        attention = "mid_block.attentions" in key and value.ndim == 2
-        weights[ldm_vae_name(key)] = value[:, :, None, None] if attention else value
-    for key, value in stock.text_encoder.state_dict().items():
-        weights[f"cond_stage_model.transformer.text_model.{key}"] = value
-    path = tmp_path_factory.mktemp("single") / "model.safetensors"
-    save_file({k: v.contiguous() for k, v in weights.items()}, path)
-    return path
+    return write(stock, tmp_path_factory.mktemp("single") / "model.safetensors", clip("cond_stage_model.transformer."))
 
 
 def test_single_file_is_the_same_model(family: SD15, single_file: Path, tiny_base: Path) -> None:

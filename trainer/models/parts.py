@@ -82,9 +82,11 @@ def _single_file(args: ModelArgs, pipeline: str, towers: Mapping[str, Any], dtyp
         pipe = reader(args.base, config=args.config, dtype=dtype, **spare)
     except load.LOAD_ERRORS as error:
         hint = f"does model.config {args.config!r} fit it?" if args.config else "set model.config to a diffusers folder"
+        why = load.first_line(error)
+        if "meta tensor" in why:  # what diffusers says of weights that it built and found nothing for
+            why = "it lacks weights of the model that its config describes"
         raise BaseModelError(
-            f"base {args.base!r} cannot be read ({load.first_line(error)}); a single file holds neither configs "
-            f"nor tokenizer: {hint}"
+            f"base {args.base!r} cannot be read ({why}); a single file holds neither configs nor tokenizer: {hint}"
         ) from error
     return Parts(
         tokenizers={name: getattr(pipe, tokenizer_of(name)) for name in towers},

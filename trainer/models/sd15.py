@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import CLIPTextModel
 
-from trainer.models import names
+from trainer.models import spelling
 from trainer.models.latent import LatentFamily
 from trainer.types import BaseModelError, ClientNames, Cond
 
@@ -22,8 +22,8 @@ class SD15(LatentFamily):
     clients = ClientNames(
         base_version="sd_v1",
         architecture="stable-diffusion-v1",
-        diffusers=names.diffusers,
-        kohya=names.kohya({"denoiser": "lora_unet", "text_encoder": "lora_te"}),
+        diffusers=spelling.diffusers,
+        kohya=spelling.kohya({"denoiser": "lora_unet", "text_encoder": "lora_te"}),
         embeddings={"text_encoder": "emb_params"},
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer.models import names
+from trainer.models import spelling
 from trainer.models.latent import LatentFamily
 from trainer.models.parts import Parts
 from trainer.types import BaseModelError, ClientNames, Cond
@@ -43,8 +43,8 @@ class SDXL(LatentFamily):
         self.clients = ClientNames(
             base_version="sdxl_base_v1-0",
             architecture="stable-diffusion-xl-v1-base",
-            diffusers=names.diffusers,
-            kohya=names.kohya(KOHYA, names.ldm_paths(self._unet.config)),
+            diffusers=spelling.diffusers,
+            kohya=spelling.kohya(KOHYA, spelling.ldm_paths(self._unet.config)),
             embeddings={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
         )
         pooling: Any = self.text_encoders["text_encoder_2"]
