@@ -52,6 +52,8 @@ def test_a_part_of_a_section_keeps_the_sections_other_defaults() -> None:
     [
         ({"adapter": {"kind": "none"}}, "nothing would be trained"),
         ({"text": {"tokens": 1, "init": "words"}}, "init_words is empty"),
+        ({"text": {"covariance_weight": 1}}, "covariance_weight is 1, but text.tokens is 0"),
+        ({"text": {"condition_weight": 1}}, "condition_weight is 1, but text.tokens is 0"),
         ({"objective": {"t_min": 500, "t_max": 400}}, "must be below"),
         ({"objective": {"mask_floor": 0.1}}, "mask_floor is 0.1, but data.masks is off"),
         ({"objective": {"mask_prior": 1}}, "mask_prior is 1, but data.masks is off"),

@@ -104,6 +104,7 @@ def test_the_run_directory_page_names_every_path() -> None:
         "docs/pictures.md",
         "docs/concepts.md",
         "docs/several-processes.md",
+        "docs/objectives.md",
     ],
 )
 def test_paths_and_links_lead_somewhere(name: str) -> None:

@@ -554,6 +554,24 @@ class TextArgs(Section):
     std_weight: float = Field(
         0.01, ge=0.0, description="weight of the regulariser that holds the rows' std at the table's"
     )
+    covariance_weight: float = Field(
+        0.0, ge=0.0, description="weight of the distance between the rows' covariance and the table's"
+    )
+    condition_weight: float = Field(
+        0.0, ge=0.0, description="weight of holding the condition of a photo of the trigger at the norm of other words'"
+    )
+
+    @model_validator(mode="after")
+    def _rows_are_there(self) -> TextArgs:
+        for option, weight in (
+            ("covariance_weight", self.covariance_weight),
+            ("condition_weight", self.condition_weight),
+        ):
+            if weight and not self.tokens:
+                raise ValueError(
+                    f"text.{option} is {weight:g}, but text.tokens is 0: there are no rows; give 1 or more"
+                )
+        return self
 
 
 class LevelsArgs(Section):

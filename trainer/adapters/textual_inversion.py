@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from trainer.adapters.lora import check_names
+from trainer.adapters.row_penalties import ORDINARY, Covariance, condition_norm, condition_penalty, std_penalty
 from trainer.adapters.similarity import approach_pictures
 from trainer.args import TextArgs
 from trainer.types import BaseModelError, ModelFamily
@@ -87,11 +88,16 @@ class TextualInversion:
         self._embeddings: dict[str, RowEmbedding] = {}
         self._tokenizers: dict[str, Any] = {}  # the family's own, put back by detach
         self._targets: dict[str, Tensor] = {}  # mean std of the frozen rows
+        self._covariances: dict[str, Covariance] = {}  # of the frozen rows, where it is asked for
+        self._usual: Tensor | None = None  # norm of an ordinary prompt's mean condition, likewise
 
     def attach(self, family: ModelFamily) -> list[tuple[str, nn.Parameter]]:
         """Gives every text encoder its rows and every tokenizer the placeholders."""
         if self._family is not None:
             raise RuntimeError("this textual inversion is attached already; detach it first")
+        if self.args.condition_weight:
+            with torch.no_grad():
+                self._usual = condition_norm(family.encode(ORDINARY).hidden).mean()
         starts = {key: self._start(key, family) for key in family.text_encoders}
         for key, encoder in family.text_encoders.items():
             self._tokenizers[key] = family.tokenizers[key]
@@ -99,6 +105,8 @@ class TextualInversion:
             text: Any = encoder
             table = text.get_input_embeddings()
             self._targets[key] = table.weight.float().std(dim=1).mean()
+            if self.args.covariance_weight:
+                self._covariances[key] = Covariance.of(table.weight.detach())
             self._embeddings[key] = RowEmbedding(table, starts[key].to(table.weight.device))
             text.set_input_embeddings(self._embeddings[key])
         family.prompt_rules.append(self.expand)
@@ -115,6 +123,7 @@ class TextualInversion:
             self._family.tokenizers[key] = self._tokenizers[key]
         self._family.prompt_rules.remove(self.expand)
         self._family, self._embeddings, self._tokenizers, self._targets = None, {}, {}, {}
+        self._covariances, self._usual = {}, None
 
     def expand(self, prompt: str) -> str:
         """The prompt with each trigger, as a word, replaced by its placeholder tokens."""
@@ -149,11 +158,24 @@ class TextualInversion:
         yield
 
     def penalty(self) -> Tensor | None:
-        """std_weight * mean over rows of (std / the table's mean std - 1)^2."""
-        if self.args.std_weight == 0 or not self._embeddings:
+        """The regularisers of `trainer.adapters.row_penalties`, each times its weight; None where all are off.
+
+        Std and covariance are means over text encoders; the condition is that of "a photo of" each trigger.
+        """
+        args = self.args
+        if self._family is None:
             return None
-        terms = [std_penalty(e.rows, self._targets[key].to(e.rows.device)) for key, e in self._embeddings.items()]
-        return self.args.std_weight * torch.stack(terms).mean()
+        parts: list[Tensor] = []
+        if args.std_weight:
+            each = [std_penalty(e.rows, self._targets[key].to(e.rows.device)) for key, e in self._embeddings.items()]
+            parts.append(args.std_weight * torch.stack(each).mean())
+        if args.covariance_weight:
+            each = [self._covariances[key].distance(e.rows) for key, e in self._embeddings.items()]
+            parts.append(args.covariance_weight * torch.stack(each).mean())
+        if self._usual is not None:
+            hidden = self._family.encode([f"a photo of {trigger}" for trigger in self.triggers]).hidden
+            parts.append(args.condition_weight * condition_penalty(hidden, self._usual))
+        return torch.stack(parts).sum() if parts else None
 
     def rows(self, trigger: str | None = None) -> Mapping[str, Tensor]:
         """Text encoder -> [n, D], for export: of one trigger, or of all, one after the other."""
@@ -223,8 +245,3 @@ def word_rows(table: Tensor, tokenizer: Any, words: str, count: int) -> Tensor:
     if not ids:
         raise BaseModelError(f"text.init_words {words!r} holds no token that the base knows")
     return table[ids].mean(dim=0, keepdim=True).repeat(count, 1)
-
-
-def std_penalty(rows: Tensor, target: Tensor) -> Tensor:
-    """Mean squared relative distance of the rows' std from `target`."""
-    return ((rows.std(dim=1) / target - 1) ** 2).mean()
