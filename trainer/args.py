@@ -531,6 +531,12 @@ class ModelArgs(Section):
     prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
         "auto", description="what the base predicts; auto reads the scheduler's config"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="compute the denoiser's layers again in the backward pass: less memory, more time"
+    )
+    attention: Literal["sdpa", "xformers"] = Field(
+        "sdpa", description="what computes attention: torch, or xformers, which needs a GPU and is tried out first"
+    )
 
 
 class AdapterArgs(Section):

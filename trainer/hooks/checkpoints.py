@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 # What a resumed run may change: it moves no weight of the result.
 RESUMABLE = (
     "data.workers",
+    "model.gradient_checkpointing",
+    "model.attention",
     "sample",
     "hooks.tensorboard",
     "hooks.extra",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.args import ModelArgs
 from trainer.models import parts, sniff
+from trainer.models.attention import use_xformers
 from trainer.models.clip_text import Tokens, fit
 from trainer.models.parts import Parts
 from trainer.models.weights import Weights
@@ -58,7 +59,8 @@ class LatentFamily:
         """Reads the base that `args.base` names, in `args.dtype`, onto `device`.
 
         Raises:
-            BaseModelError: it is missing, damaged, of another family, or lacks a fitting tokenizer.
+            BaseModelError: it is missing, damaged, of another family, lacks a fitting tokenizer, or `args.attention`
+                cannot be had here.
         """
         sniff.check(args, cls.name)
         base = parts.read(args, cls.pipeline_class, cls.towers)
@@ -66,7 +68,12 @@ class LatentFamily:
             module.to(device)
         folders = {name: Path(args.base) / name.replace("text_encoder", "clip") for name in cls.towers}
         clips = {name: folder for name, folder in folders.items() if folder.is_dir()}
-        return cls(base, prediction=args.prediction, clip_folders=clips)
+        family = cls(base, prediction=args.prediction, clip_folders=clips)
+        if args.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+        if args.attention == "xformers":
+            use_xformers(base.unet)
+        return family
 
     def expand(self, prompt: str) -> str:
         """The prompt after every rule of `prompt_rules`, as the tokenizer gets it."""
@@ -147,11 +154,11 @@ class LatentFamily:
         if narrow == torch.float32 or not self._vae.config.get("force_upcast"):
             yield
             return
-        self._vae.float()
+        nn.Module.to(self._vae, torch.float32)  # its own `to` warns each time, of nothing
         try:
             yield
         finally:
-            self._vae.to(narrow)
+            nn.Module.to(self._vae, narrow)
 
     def _check_parts(self) -> None:
         """Refuses parts that do not fit one another."""
