@@ -528,7 +528,7 @@ class ModelArgs(Section):
         "[default: what diffusers finds on the hub]",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the frozen weights")
-    prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
         "auto", description="what the base predicts; auto reads the scheduler's config"
     )
     gradient_checkpointing: bool = Field(

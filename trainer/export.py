@@ -16,7 +16,7 @@ from trainer.rundir import atomic_write
 from trainer.types import Adapter, ClientNames, HasLora, HasRows, LoraTensors, ModelFamily
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as modelspec spells them
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as modelspec spells them; it has no word for others
 Modules = Mapping[tuple[str, str], LoraTensors]
 
 
@@ -156,7 +156,7 @@ def _facts(name: str, family: ModelFamily, args: TrainArgs) -> dict[str, str]:
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": PREDICTIONS[family.path.target],
+        **({"modelspec.prediction_type": spelled} if (spelled := PREDICTIONS.get(family.path.target)) else {}),
         "modelspec.trigger_phrase": ", ".join(args.data.triggers),
     }
 

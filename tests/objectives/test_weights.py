@@ -51,6 +51,7 @@ def test_weights_by_hand(kind: str, target: str, expected: tuple[float, ...]) ->
 def test_options_of_p2_and_edm_count() -> None:
     path, t = path_of("epsilon"), torch.tensor([0])
     assert weight_of(path, t, "p2", 0.0, options(p2_k=7.0, p2_gamma=0.5)).item() == pytest.approx(0.25)
+    assert weight_of(path_of("sample"), t, "p2", 0.0, options(p2_k=7.0, p2_gamma=0.5)).item() == pytest.approx(9 / 4)
     assert weight_of(path, t, "edm", 0.0, options(sigma_data=1.0)).item() == pytest.approx(10 / 9)
 
 
