@@ -130,6 +130,36 @@ def test_each_process_encodes_its_part_and_reads_the_whole(family: SD15, tmp_pat
         assert all(torch.equal(gathered[rank][p.name], encoded(family, p, Augment().version(p))) for p in pictures)
 
 
+def test_a_copy_is_encoded_once_and_what_another_process_lost_here(family: SD15, tmp_path: Path) -> None:
+    loaded: list[str] = []
+
+    def counting(picture: Item, version: Version) -> Tensor:
+        loaded.append(picture.name)
+        return load(picture, version)
+
+    copies = [item("dog"), item("copy")]
+    assert list(cache_latents(tmp_path / "copies", copies, family, counting, CPU)) == ["dog", "copy"]
+    assert loaded == ["dog"]
+    loaded.clear()
+    pictures = [item(name, sha256=name) for name in "abc"]
+    alone = cache_latents(tmp_path / "lost", pictures, family, counting, CPU, share=Share(1, 2))
+    assert loaded == ["b", "a", "c"], "its own part, then what nobody has brought"
+    assert all(torch.equal(alone[p.name], encoded(family, p, Augment().version(p))) for p in pictures)
+
+
+def test_a_mask_is_the_same_in_other_colours(tmp_path: Path) -> None:
+    Image.new("L", (40, 40), 200).save(tmp_path / "grey.png")
+    grey = dataclasses.replace(item("grey"), mask=tmp_path / "grey.png")
+    read: list[int] = []
+
+    def counting(picture: Item, scale: int, version: Version) -> Tensor | None:
+        read.append(version.number)
+        return load_mask(picture, scale, version)
+
+    masks = cache_masks(tmp_path / "cache", [grey], 8, counting, versions=Augment(variants=2, colour=0.3).versions)
+    assert (list(masks), read) == (["grey", "grey.v1", "grey.v2"], [0])
+
+
 def test_masks_are_cropped_like_the_pictures_and_empty_ones_count_as_a_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,6 +248,19 @@ def test_captions_that_are_prepared_are_on_disk_in_parts_that_each_rank_made(fam
     cond = TextCache(tmp_path, reader, CPU)(captions)  # type: ignore[arg-type]
     assert torch.equal(cond.hidden, torch.cat([family.encode([caption]).hidden for caption in captions]))
     assert reader.asked == []
+
+
+def test_who_prepared_its_part_of_the_captions_reads_those_of_the_others(family: SD15, tmp_path: Path) -> None:
+    captions = ["a star", "a square", "a circle"]
+
+    def other() -> None:
+        TextCache(tmp_path, family, CPU).prepare(captions, Share(1, 2))
+
+    counting = Counting(family)
+    text = TextCache(tmp_path, counting, CPU)  # type: ignore[arg-type]
+    text.prepare(captions, Share(0, 2, other))
+    assert torch.equal(text(captions).hidden, torch.cat([family.encode([caption]).hidden for caption in captions]))
+    assert counting.asked == ["a star", "a circle"]
 
 
 def test_what_the_cache_keeps_in_memory_is_bounded(family: SD15, tmp_path: Path) -> None:
