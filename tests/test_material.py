@@ -1,4 +1,4 @@
-"""What a run is shown: the pictures that the similarity start looks at are few, and read one at a time."""
+"""What a run is shown: which pictures are mirrored, and which the similarity start looks at, few and one at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from small import items
 from preprocess import build
 from trainer import cli
 from trainer.dataset import load_pixels, read_manifest
-from trainer.material import SIMILAR, similar
+from trainer.material import SIMILAR, flipped, similar
 
 
 def test_the_similarity_start_looks_at_a_bounded_number_of_pictures_that_the_seed_chooses() -> None:
@@ -35,3 +35,10 @@ def test_its_pictures_are_those_of_the_dataset_read_when_they_are_asked_for(
     assert all(torch.equal(picture, load_pixels(item)) for picture, item in zip(pictures[: len(own)], own, strict=True))
     with pytest.raises(FileNotFoundError):
         pictures[len(own)]
+
+
+def test_a_picture_is_never_mirrored_when_any_of_its_captions_has_a_side() -> None:
+    plain, sign = items([(32, 32)] * 2)
+    sign = replace(sign, captions=("a TOK", "a TOK beside a sign"))
+    data = cli.validate({"data": {"source": "x", "flip": True}}).data
+    assert flipped(data, [plain, sign]) == {plain.name}

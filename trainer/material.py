@@ -44,7 +44,7 @@ def dataset(
     weights = mixture.weights(items, args.data.weights, regular.weight)
     priors = concepts.priors(args.data, items) if args.objective.prior_weight else None
     augment = Augment(**args.data.augment.model_dump(), seed=args.runtime.seed)
-    flip = _flipped(args.data, items)
+    flip = flipped(args.data, items)
     folder = run_dir.cache / "latents"
     latents = cache.cache_latents(
         folder,
@@ -79,7 +79,7 @@ def _tags(data: DataArgs) -> Tags | None:
     return Tags(data.keep_tags, data.shuffle_tags, data.tag_dropout, data.caption_variants) if data.varied else None
 
 
-def _flipped(data: DataArgs, items: Sequence[Item]) -> frozenset[str]:
+def flipped(data: DataArgs, items: Sequence[Item]) -> frozenset[str]:
     """The names of the pictures that are mirrored half of the time; those that are kept as they are go to the log."""
     if not data.flip:
         return frozenset()
