@@ -66,6 +66,9 @@ def test_what_cannot_be_right_is_named(sources: tuple[Path, Path], tmp_path: Pat
         made(sources, tmp_path / "run", caption=None)
     with pytest.raises(PreprocessError, match=r"name the trigger KIT \(regularisation/dogs/r2\.png, "):
         made(sources, tmp_path / "run", caption="a KIT")
+    (sources[1] / "dogs/r3.txt").write_text("a dog\nby a TOK")
+    with pytest.raises(PreprocessError, match=r"name the trigger TOK \(regularisation/dogs/r3\.png\)"):
+        made(sources, tmp_path / "run", caption_lines=True)
     (sources[0] / "regularisation").mkdir()
     shutil.copy(sources[0] / "dog/d1.png", sources[0] / "regularisation/x.png")
     with pytest.raises(PreprocessError, match="give the folder another name"):
@@ -80,6 +83,14 @@ def test_a_training_picture_among_them_stays_with_a_note(sources: tuple[Path, Pa
     assert sum(item.regular for item in report.items) == 4
     [note] = [note for note in survey(report).problems if "regularisation" in note]
     assert note.startswith("regularisation/same.png: it is the same picture as dog/d1.png")
+
+
+def test_a_copy_among_them_is_left_out(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copy(sources[1] / "dogs/r2.png", sources[1] / "dogs/r4.png")
+    report = made(sources, tmp_path / "run")
+    [skip] = report.skipped
+    assert (skip.file, "r2.png" in skip.reason) == ("regularisation/dogs/r4.png", True)
+    assert sum(item.regular for item in made(sources, tmp_path / "off", dedupe="off").items) == 4
 
 
 def mixed(own: int, regular: int, size: tuple[int, int] = (32, 32)) -> list[Item]:
