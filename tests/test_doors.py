@@ -288,6 +288,23 @@ def test_ctrl_c_before_the_first_update(door: list[str], tmp_path: Path, monkeyp
     assert not (tmp_path / "runs" / "run").exists()
 
 
+def test_ctrl_c_after_pictures_were_prepared_keeps_them(
+    door: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def impatient(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    run_dir = RunDir(tmp_path / "runs" / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.cache.cache_latents", impatient)
+        assert main(door) == 130
+    assert f"go on with --resume {run_dir.root}" in capsys.readouterr().err
+    prepared = {path: path.stat().st_mtime_ns for path in (run_dir.cache / "pictures").iterdir()}
+    assert prepared
+    assert main(["--resume", str(run_dir.root)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in prepared} == prepared
+
+
 def test_a_run_killed_before_its_first_update_can_be_resumed(
     tiny_base: Path, tiny_pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

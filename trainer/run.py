@@ -99,6 +99,7 @@ def opened(args: TrainArgs, *, code: bool = True, here: Ranks | None = None) -> 
 
     Raises:
         RunDirError, RunError, BaseModelError, PreprocessError, PartError: bad input; nothing is left behind.
+        KeyboardInterrupt: pictures that are prepared by then stay, for `resumed`.
     """
     args = _located(args)
     root = Path(args.runtime.out) / args.runtime.name
@@ -115,9 +116,12 @@ def opened(args: TrainArgs, *, code: bool = True, here: Ranks | None = None) -> 
                 session = _session(args, run_dir, family, engine, parts)
                 with _closing(session):
                     yield session
-        except BaseException:
-            if engine.here.first and not run_dir.env.exists():  # nothing was trained: the name is free again
-                shutil.rmtree(root, ignore_errors=True)
+        except BaseException as error:
+            if engine.here.first and not run_dir.env.exists():  # nothing was trained
+                if isinstance(error, KeyboardInterrupt) and run_dir.cache.exists():  # it may have taken hours
+                    log.warning("what was prepared is kept; go on with --resume %s", root)
+                else:
+                    shutil.rmtree(root, ignore_errors=True)  # the name is free again
             raise
 
 
