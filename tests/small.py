@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from trainer.args import ComponentOptim, ObjectiveArgs
 from trainer.dataset import Dataset, Item
 from trainer.loop import Run
 from trainer.objectives.denoise import Denoise
-from trainer.optim import build, lr_at
+from trainer.optim import Rates, build
 from trainer.path import NoisePath
 from trainer.types import Cond
 
@@ -175,23 +175,20 @@ def make_run(
     }
     components = {part.component: part.attach(family) for part in parts}
 
-    def curve(component: str) -> Callable[[float], float]:
-        return lambda progress: lr_at(settings[component], progress)
-
     pictures = items([(32, 32)] * 5 + [(48, 24)] * 2)
     return Run(
         family=family,  # type: ignore[arg-type]
         adapters=parts,
         components=components,
         optimizers={name: build(settings[name], components[name]) for name in components},
-        lr={name: curve(name) for name in components},
+        lr={name: Rates(settings[name], steps, component=name) for name in components},
         dataset=Dataset(pictures, latents(pictures), batch_size=batch_size, seed=seed, caption_dropout=caption_dropout),
         objective=Denoise(ObjectiveArgs.model_validate(objective or {}), family.path, family.predict),
         encode=family.encode,
         hooks=hooks,
         steps=steps,
         accumulate=accumulate,
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=dict.fromkeys(components, max_grad_norm),
         seed=seed,
         engine=CPU(),
     )

@@ -68,6 +68,7 @@ def _train(command: cli.Command, stop: _Stop, here: ranks.Ranks) -> int:
     from trainer.export import ExportError
     from trainer.hooks.checkpoints import Drifted
     from trainer.loop import NonFiniteLoss
+    from trainer.optim.moved import NeverMoved
     from trainer.run import RunError
     from trainer.types import BaseModelError
 
@@ -84,6 +85,8 @@ def _train(command: cli.Command, stop: _Stop, here: ranks.Ranks) -> int:
             return _follow(session, stop)
     except (RunDirError, RunError, BaseModelError, PreprocessError, DatasetError, PartError) as error:
         return said(error, BAD_INPUT)
+    except NeverMoved as error:  # all updates are done: there is nothing to go on with
+        return said(error, FAILED)
     except (NonFiniteLoss, CheckpointError, ExportError, Drifted, HookError, ranks.RanksError) as error:
         return said(error, FAILED, where)
     except OSError as error:

@@ -6,6 +6,10 @@ from __future__ import annotations
 EXTRAS = {
     "heic": "pillow-heif==1.8.1",
     "hub": "datasets==5.2.0",
+    "optimizers": "pytorch-optimizer==4.1.0",
+    "schedulefree": "schedulefree==1.4.1",
+    "prodigy-plus": "prodigy-plus-schedule-free==2.0.1",
+    "bitsandbytes": "bitsandbytes==0.50.2",
 }
 
 

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from trainer.events import AfterUpdate, BatchMade, BeforeUpdate, Gradients, LossComputed, PicturesChosen, RatesSet
 from trainer.listeners import Listeners
-from trainer.optim import effective_lr, set_lr
+from trainer.optim import Rates, logged
+from trainer.optim import step as step_of
 from trainer.seed import derive
 from trainer.types import Adapter, Batch, Cond, Hook, ModelFamily, Objective, Samples, Step
 
@@ -57,14 +58,14 @@ class Run:
     adapters: Sequence[Adapter]
     components: Mapping[str, Sequence[tuple[str, nn.Parameter]]]  # "adapter", "rows" -> named parameters
     optimizers: Mapping[str, Optimizer]  # one for each component
-    lr: Mapping[str, Callable[[float], float]]  # by component: progress in 0..1 -> learning rate
+    lr: Mapping[str, Rates]  # by component: progress in 0..1 -> learning rate
     dataset: Micros
     objective: Objective
     encode: Callable[[Sequence[str]], Cond]  # captions -> cond, cached or live
     hooks: Sequence[Hook]
     steps: int
     accumulate: int
-    max_grad_norm: float
+    max_grad_norm: Mapping[str, float]  # by component; 0 is not clipped
     seed: int
     engine: Engine
 
@@ -93,6 +94,8 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
                 raise NonFiniteLoss("the loss", update + 1, micro.names)
         run.engine.average([parameter for named in run.components.values() for _, parameter in named])
         extra = tell(Gradients(update)).extra
+        for component, optimizer in run.optimizers.items():
+            run.lr[component].hold(optimizer, update / run.steps)
         norms = {component: _clip(run, component) for component in run.components}
         names = [name for micro in micros for name in micro.names]
         for component, norm in norms.items():
@@ -106,7 +109,7 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
             loss=sum(micro.loss for micro in micros) / len(micros),
             terms={key: sum(micro.terms[key] for micro in micros) / len(micros) for key in micros[0].terms},
             grad_norm=norms,
-            lr={component: effective_lr(optimizer) for component, optimizer in run.optimizers.items()},
+            lr={key: lr for part, optimizer in run.optimizers.items() for key, lr in logged(part, optimizer).items()},
             seconds=time.perf_counter() - began,
             extra=extra,
         )
@@ -160,16 +163,16 @@ def _micro(run: Run, tell: Listeners, update: int, micro: int) -> _Micro:
 
 def _update(run: Run, tell: Listeners, update: int, lr: Mapping[str, float]) -> None:
     for component, optimizer in run.optimizers.items():
-        set_lr(optimizer, lr[component])
+        run.lr[component].put(optimizer, update / run.steps, lr[component])
     tell(BeforeUpdate(update))
     for optimizer in run.optimizers.values():
-        optimizer.step()
+        step_of(optimizer)
     tell(AfterUpdate(update))
     for optimizer in run.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
 
 
 def _clip(run: Run, component: str) -> float:
-    """Clip the gradients of a component to run.max_grad_norm; the norm that they had."""
+    """Clip the gradients of a component to its norm; the norm that they had."""
     parameters = [parameter for _, parameter in run.components[component]]
-    return torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm).item()
+    return torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm[component] or math.inf).item()

@@ -18,6 +18,7 @@ import torch
 
 from trainer.args import TrainArgs
 from trainer.loop import Run, train
+from trainer.optim import assigned, described
 from trainer.run import Session, opened
 
 _UPDATES = 3  # the first is slower than the rest and does not count
@@ -45,7 +46,9 @@ def rehearse(args: TrainArgs, *, code: bool = True) -> Rehearsal:
             before = time.perf_counter() - began
             survey: dict[str, Any] = json.loads(session.dir.survey.read_text(encoding="utf-8"))
             step = _seconds(session.run)
-            return Rehearsal((*survey["facts"], *_cost(session, before, step)), tuple(survey["problems"]))
+            rules = session.args.optim.rules
+            obeyed = described(rules, assigned(rules, session.run.components))
+            return Rehearsal((*survey["facts"], *_cost(session, before, step), *obeyed), tuple(survey["problems"]))
 
 
 def _cost(session: Session, before: float, step: float) -> Sequence[str]:

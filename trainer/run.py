@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 import preprocess
 from preprocess import maskers, source, stages, upscalers
@@ -43,6 +42,7 @@ from trainer.listeners import Listeners
 from trainer.loop import Run, train
 from trainer.models import FAMILIES, sniff
 from trainer.objectives import OBJECTIVES
+from trainer.optim import moved
 from trainer.ranks import Ranks
 from trainer.rundir import RunDir, atomic_write
 from trainer.types import Adapter, Cond, HasScales, ModelFamily, Predict, Step
@@ -65,13 +65,22 @@ class Session:
     run: Run
     start: int  # updates done before
     here: Ranks
+    marks: Mapping[tuple[str, str], str]  # of every trained tensor, before the first update
 
     def steps(self) -> Iterator[Step]:
-        """Yields after each update, on every process; then the first makes the sample rows, exports and report."""
-        yield from train(self.run, self.start)
+        """Yields after each update, on every process; then the first makes the sample rows, exports and report.
+
+        Raises:
+            NeverMoved: after all that, if a trained tensor is what it was before the run.
+        """
+        done = self.start
+        for step in train(self.run, self.start):
+            done = step.step
+            yield step
         if self.here.first:
             self._finish()
         self.here.barrier()
+        moved.check(self.marks, self.run.components, moved.updates(self.run.optimizers, self.run.lr, done))
 
     def agreed(self, wish: bool) -> bool:
         """Whether any process wishes it: asked by all of them between the same two updates."""
@@ -254,6 +263,7 @@ def _parts(args: TrainArgs, *, code: bool) -> _Parts:
     for name in args.data.mask.sources if args.data.masks else ():
         maskers.kind(name, code=code)
     upscalers.kind(args.data.upscale.by, code=code)
+    optim.check(args.optim, code=code)
     stages.chain(args.data.stages, code=code)
     return _Parts(
         family=registry.load(FAMILIES, args.model.family, "model.family", code=code),
@@ -300,12 +310,13 @@ def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engi
             environment.record(run_dir.env, family, engine.device, start, here.processes)
         here.barrier()
         environment.check(run_dir.env, family)
+        marks = moved.marks(run.components)
         if start:
             checkpoint.load(run_dir.checkpoint(start), run.adapters, run.optimizers, digest(args), hooks)
         engine.equalise([parameter for named in run.components.values() for _, parameter in named])
         log.info("%s: %d pictures, step %d of %d, on %s", run_dir.root, len(items), start, run.steps, _where(engine))
         undo.pop_all()  # whoever has the session closes it
-    return Session(args, run_dir, run, start, here)
+    return Session(args, run_dir, run, start, here, marks)
 
 
 def _where(engine: Engine) -> str:
@@ -342,31 +353,31 @@ def _run(
         for _, parameter in named:
             engine.watch(parameter)
     tell.say("on_attached", Attached(family, components))
-    sections = {name: getattr(args.optim, name) for name in components}
-    optimizers: dict[str, Optimizer] = {}
-    for adapter in adapters:
-        named = components[adapter.component]
-        scales = {name: adapter.lr_scale(name) for name, _ in named} if isinstance(adapter, HasScales) else {}
-        try:
-            optimizers[adapter.component] = optim.build(sections[adapter.component], named, scales)
-        except ValueError as error:
-            raise RunError(str(error)) from error
+    scales = {adapter.component: _scales(adapter, components[adapter.component]) for adapter in adapters}
+    try:
+        optimizers, rates = optim.prepare(args.optim, args.runtime.steps, components, scales)
+    except ValueError as error:
+        raise RunError(str(error)) from error
     return Run(
         family=family,
         adapters=adapters,
         components=components,
         optimizers=optimizers,
-        lr={name: _curve(section) for name, section in sections.items()},
+        lr=rates,
         dataset=dataset,
         objective=objective,
         encode=material.encoder(*shown),
         hooks=hooks,
         steps=args.runtime.steps,
         accumulate=args.runtime.accumulate,
-        max_grad_norm=args.optim.max_grad_norm,
+        max_grad_norm={name: args.optim.clip(getattr(args.optim, name)) for name in components},
         seed=args.runtime.seed,
         engine=engine,
     )
+
+
+def _scales(adapter: Adapter, named: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, float]:
+    return {name: adapter.lr_scale(name) for name, _ in named} if isinstance(adapter, HasScales) else {}
 
 
 def _frozen(family: ModelFamily, adapters: Sequence[Adapter]) -> Predict:
@@ -400,10 +411,6 @@ def _learned(args: TrainArgs, items: Sequence[Item]) -> list[Concept]:
         pictures = material.similar(of, args.runtime.seed) if args.text.init == "similarity" else ()
         learned.append(Concept(trigger, words[0] if words else None, pictures))
     return learned
-
-
-def _curve(section: Any) -> Callable[[float], float]:
-    return lambda progress: optim.lr_at(section, progress)
 
 
 # --- around a run

@@ -17,6 +17,7 @@ from trainer import events
 from trainer.args import Section, TrainArgs
 from trainer.events import unheard
 from trainer.loop import Run
+from trainer.optim import evaluated
 from trainer.rundir import RunDir
 from trainer.types import Batch, Loss, Samples, Step
 
@@ -167,8 +168,9 @@ class Hook:
 
 @contextmanager
 def presented(run: Run, purpose: Purpose) -> Generator[None]:
-    """Inside, parameters are what the run's hooks want to have shown."""
+    """Inside, parameters are what the run's optimizers have found and its hooks want to have shown."""
     with ExitStack() as stack:
+        stack.enter_context(evaluated(run.optimizers.values()))
         for hook in run.hooks:
             if isinstance(hook, Hook):
                 stack.enter_context(hook.presented(run, purpose))
