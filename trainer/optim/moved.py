@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer.optim.rates import Rates
 
 Components = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 
@@ -24,19 +27,27 @@ def marks(components: Components) -> dict[tuple[str, str], str]:
     return {(component, name): _mark(p) for component, named in components.items() for name, p in named}
 
 
-def check(
-    before: Mapping[tuple[str, str], str], components: Components, updates: Mapping[tuple[str, str], int]
-) -> None:
+def updates(optimizers: Mapping[str, Optimizer], rates: Mapping[str, Rates], done: int) -> dict[tuple[str, str], int]:
+    """(component, name) -> how many of the run's first `done` updates had a rate above 0 for it."""
+    return {
+        (component, name): rates[component].updates(group["rule"], done)
+        for component, optimizer in optimizers.items()
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+
+
+def check(before: Mapping[tuple[str, str], str], components: Components, live: Mapping[tuple[str, str], int]) -> None:
     """Compares with what was there before the run.
 
     Args:
-        updates: how many updates had a rate above 0 for each tensor; those with less than ENOUGH are let pass.
+        live: of `updates`; tensors with less than ENOUGH are let pass.
 
     Raises:
         NeverMoved: names the tensors.
     """
     now = marks(components)
-    stuck = [at[1] for at, mark in now.items() if mark == before[at] and updates[at] >= ENOUGH]
+    stuck = [at[1] for at, mark in now.items() if mark == before[at] and live[at] >= ENOUGH]
     if stuck:
         more = f" and {len(stuck) - 10} more" if len(stuck) > 10 else ""
         raise NeverMoved(

@@ -91,15 +91,16 @@ class Rates:
 
 
 def logged(component: str, optimizer: Optimizer) -> dict[str, float]:
-    """The step sizes in force at scale 1: lr, and for Prodigy and its kind d * lr, d being the rate that it found.
+    """The step sizes in force: lr, and for Prodigy and its kind d * lr, d being the rate that it found.
 
-    A component's is under its name, those of rules are under "component/pattern".
+    A component's, at scale 1, is under its name; those of rules are under "component/pattern".
     """
     finds = "d0" in inspect.signature(type(optimizer).__init__).parameters
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
         key = f"{component}/{group['rule']}" if group["rule"] else component
-        rates.setdefault(key, float(group["lr"]) / float(group["scale"]) * (float(group["d"]) if finds else 1.0))
+        scale = 1.0 if group["rule"] else float(group["scale"])
+        rates.setdefault(key, float(group["lr"]) / scale * (float(group["d"]) if finds else 1.0))
     return {component: max(rates.values()), **rates}
 
 
