@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from trainer import cli, run
+from trainer.args import TrainArgs
 from trainer.dataset import Tags, forms, load_mask, load_pixels, read_manifest
 from trainer.events import Gradients
 from trainer.models.sd15 import SD15
@@ -192,3 +193,34 @@ def test_captions_that_hardly_any_step_shows_are_not_encoded_before_training(
         assert not (session.dir.cache / "text").exists()
         session.run.encode(session.run.dataset.micro(0).captions)
     assert len(list((session.dir.cache / "text").iterdir())) == 1
+
+
+def test_what_is_here_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a resume from another folder finds the models that captions, masks and larger pictures came from."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("pictures", "plain", "words.json", "captioner", "detector", "segmenter", "seeker", "enlarger"):
+        (tmp_path / name).mkdir()
+    mask = {
+        "sources": ["detect", "person", "text"],
+        "detect": {"base": "detector", "labels": ["dog"]},
+        "person": {"base": "segmenter"},
+        "text": "a hat",
+        "base": "seeker",
+    }
+    given = {
+        "source": "pictures",
+        "regularisation": {"source": "plain"},
+        "captioner": "clip",
+        "caption_model": {"base": "captioner", "vocabulary": "words.json"},
+        "masks": True,
+        "mask": mask,
+        "upscale": {"by": "swin2sr", "base": "enlarger"},
+    }
+    data = run._located(TrainArgs.model_validate({"data": given})).data
+    found = [data.source, data.regularisation.source, data.caption_model.base, data.caption_model.vocabulary]
+    found += [data.mask.detect.base, data.mask.person.base, data.mask.base, data.upscale.base]
+    names = ["pictures", "plain", "captioner", "words.json", "detector", "segmenter", "seeker", "enlarger"]
+    assert found == [str(tmp_path / name) for name in names]
+    assert data.mask.detect.labels == ("dog",)
+    given["mask"] = {**mask, "person": {"base": "owner/model", "revision": "v1"}}
+    assert run._located(TrainArgs.model_validate({"data": given})).data.mask.person.base == "owner/model"

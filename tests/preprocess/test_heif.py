@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from preprocess import PreprocessError, ingest
 from preprocess.embedded import caption
+from preprocess.heif import is_heif
 from preprocess.picture import decode
 from preprocess.types import Limits, PictureError
 from trainer.extras import EXTRAS
@@ -63,6 +64,28 @@ def test_content_decides_that_it_is_heic_or_avif(tmp_path: Path, content: bytes,
     assert items[0].source == name
     with Image.open(tmp_path / "run" / items[0].file) as image:
         assert close(image, sides())
+
+
+@pytest.mark.parametrize(
+    ("brands", "after", "wanted"),
+    [
+        ("heic mif1 heic", b"", True),
+        ("hevc", b"", True),
+        ("mif1 mif1 heic", b"", True),
+        ("mif1 mif1", b"", True),
+        ("mif1 mif1 avif miaf", b"", False),
+        ("msf1 avis", b"", False),
+        ("mif1 avif heic", b"", True),
+        ("mif1 mif1", b"avif", True),
+        ("avif mif1 heic", b"", False),
+        ("isom heic", b"", False),
+    ],
+)
+def test_a_general_file_is_what_its_brands_say(brands: str, after: bytes, wanted: bool) -> None:
+    """The first is its own; those of the rest of its first box it is compatible with. What follows the box is none."""
+    major, *others = brands.encode().split()
+    inside = major + bytes(4) + b"".join(others)
+    assert is_heif(struct.pack(">I4s", 8 + len(inside), b"ftyp") + inside + after) == wanted
 
 
 def test_a_single_heic_is_a_source(tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,7 @@ from transformers import (
     YolosForObjectDetection,
 )
 
-from preprocess import PreprocessError, maskers
+from preprocess import PreprocessError, maskers, weights
 from testbed import pictures
 from trainer.args import DataArgs, TrainArgs
 from trainer.registry import PartError
@@ -78,7 +82,7 @@ def boxes(detector: Path, path: Path) -> list[tuple[str, float, tuple[float, flo
 
 
 def test_a_detector_masks_the_boxes_of_its_label(detector: Path, photos: Path, tmp_path: Path) -> None:
-    label = boxes(detector, photos / "a.png")[0][0]
+    label = mode(box[0] for box in boxes(detector, photos / "a.png"))
     sure = sorted(box[1] for name in SIZES for box in boxes(detector, photos / f"{name}.png") if box[0] == label)
     threshold = (sure[len(sure) // 2] + sure[len(sure) // 2 - 1]) / 2
     model = {"base": str(detector), "labels": [label.upper()], "threshold": threshold, "shape": "box", "grow": 1.0}
@@ -94,9 +98,9 @@ def test_a_detector_masks_the_boxes_of_its_label(detector: Path, photos: Path, t
             assert expected.getbbox() is None, name
             assert any(note.startswith(f"{name}.png: no mask was found by detect") for note in report.notes)
             continue
-        compared += 1
+        compared += len({box[0] for box in boxes(detector, photos / f"{name}.png") if box[1] > threshold}) > 1
         assert np.mean(mask == np.asarray(expected)) > 0.97, name
-    assert compared
+    assert compared, "boxes of other labels are sure enough too"
 
 
 def test_an_ellipse_stands_in_the_box_and_grows(detector: Path, photos: Path, tmp_path: Path) -> None:
@@ -215,12 +219,26 @@ def test_a_changed_model_is_asked_again(photos: Path, tmp_path: Path) -> None:
         run(photos, tmp_path / "run", mask=options)
 
 
-def test_a_model_holds_no_memory_after_its_stage(detector: Path, photos: Path, tmp_path: Path) -> None:
-    alive = [part for part in gc.get_objects() if type(part) is YolosForObjectDetection]
-    options = {"sources": ["detect"], "detect": {"base": str(detector), "labels": ["dog"], "threshold": 0.001}}
-    run(photos, tmp_path / "run", mask={**options, "sources": ["detect", "foreground"]})
-    left = [part for part in gc.get_objects() if type(part) is YolosForObjectDetection and part not in alive]
-    assert all(weight.is_meta for part in left for weight in part.parameters())
+def test_a_model_holds_no_memory_after_its_stage(
+    detector: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    devices: set[str] = set()
+    real = weights.on_device
+
+    @contextmanager
+    def watched(option: str, model: Any, wanted: str) -> Generator[Any]:
+        loaded.extend(weakref.ref(weight) for weight in model.parameters())
+        with real(option, model, wanted) as placed:
+            devices.update(weight.device.type for weight in placed.parameters())
+            yield placed
+
+    monkeypatch.setattr(weights, "on_device", watched)
+    detect = {"base": str(detector), "labels": ["dog"], "threshold": 0.001}
+    run(photos, tmp_path / "run", mask={"sources": ["detect"], "detect": {**detect}, "device": "cpu"})
+    gc.collect()
+    assert (len(loaded) > 10, devices) == (True, {"cpu"})
+    assert not [one for one in loaded if (weight := one()) is not None and not weight.is_meta]
 
 
 # --- without a model

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from preprocess import Report, build
+from preprocess import Report, build, sheet
 from trainer.args import DataArgs
 from trainer.share import ALONE, Share
 
@@ -44,13 +44,24 @@ def test_parts_are_the_whole() -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_ranks_end_with_the_dataset_of_one(processes: int, source: Path, tmp_path: Path) -> None:
+def test_ranks_end_with_the_dataset_of_one(
+    processes: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = made(source, tmp_path / "alone", dedupe="near")
+    writers: list[int] = []
+    real = sheet.write
+
+    def write(*arguments: Any) -> list[Path]:
+        writers.append(threading.get_ident())
+        return real(*arguments)
+
+    monkeypatch.setattr(sheet, "write", write)
     barrier = threading.Barrier(processes, timeout=30)
     shares = [Share(rank, processes, lambda: barrier.wait() and None) for rank in range(processes)]
     with ThreadPoolExecutor(processes) as ranks:
         reports = list(ranks.map(lambda share: made(source, tmp_path / "ranks", share, dedupe="near"), shares))
     assert reports == [alone] * processes
+    assert len(writers) == 1, "the others would write what it writes"
     assert len(alone.items) == 7
     for name in ("dataset.jsonl", "skipped.jsonl", "survey.json", "sheet.html", "sheet.png"):
         assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
