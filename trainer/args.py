@@ -693,7 +693,7 @@ class ObjectiveArgs(Section):
         ge=0.0,
         le=100.0,
         description="weight of predicting outside a mask what the base predicts there; 0 is off, else a step takes "
-        "about half as long again",
+        "about a third longer",
     )
     prior_weight: float = Field(
         0.0,

@@ -52,12 +52,12 @@ class Denoise:
         total = self._per_picture(pred, target, t, batch).mean()
         terms = {"raw": ((pred.detach().float() - target.float()) ** 2).flatten(1).mean(1).mean()}
         terms["weighted"] = total.detach()
+        kept = None if batch.prior is None else self.frozen(xt, t_there, batch.prior)
         if args.mask_prior and batch.mask is not None:
-            kept = self.frozen(xt, t_there, batch.cond if batch.prior is None else batch.prior)
-            outside = outside_mean(distance(pred, kept, args.distance, self.path, t), batch.mask).mean()
+            there = self.frozen(xt, t_there, batch.cond) if kept is None else kept
+            outside = outside_mean(distance(pred, there, args.distance, self.path, t), batch.mask).mean()
             total = _joined(total, terms, "outside", outside, args.mask_prior)
-        if batch.prior is not None:
-            kept = self.frozen(xt, t_there, batch.prior)
+        if batch.prior is not None and kept is not None:
             prior = distance(predict(xt, t_there, batch.prior), kept, args.distance, self.path, t).mean()
             total = _joined(total, terms, "prior", prior, args.prior_weight)
         return Loss(total, terms)
