@@ -53,7 +53,7 @@ def export(folder: Path, name: str, family: ModelFamily, adapters: Sequence[Adap
                 files[f"{word}.safetensors"] = _pack(embedding_state(adapter.rows(trigger), clients), own, dtype)
         elif adapter.state_dict():
             raise ExportError(f"no layout is known for: {', '.join(sorted(adapter.state_dict()))}")
-    files["README.md"] = _note(name, args, set(files), adapters).encode()
+    files["README.md"] = _note(name, args, set(files), adapters, clients).encode()
     for file, data in files.items():
         atomic_write(folder / file, data)
     return [folder / file for file in files]
@@ -175,7 +175,7 @@ def _base_name(args: TrainArgs) -> str:
     return PurePath(args.model.base.replace("\\", "/")).name or args.model.base
 
 
-def _note(name: str, args: TrainArgs, files: set[str], adapters: Sequence[Adapter]) -> str:
+def _note(name: str, args: TrainArgs, files: set[str], adapters: Sequence[Adapter], clients: ClientNames) -> str:
     """README.md for the person who gets the files."""
     lora = f"{name}.safetensors" in files
     words: dict[str, str] = {}
@@ -194,7 +194,7 @@ def _note(name: str, args: TrainArgs, files: set[str], adapters: Sequence[Adapte
             count = max(len(vectors) for vectors in adapter.rows(adapter.triggers[0]).values())
             lines.append(f"- {count} token vectors that stand for {'the' if len(triggers) == 1 else 'each'} trigger")
     lines += ["", *_ui_lines(name, triggers, lora, words), ""]
-    lines += ["## diffusers", "", "```python", *_diffusers_lines(triggers, lora, words), "```", ""]
+    lines += ["## diffusers", "", "```python", *_diffusers_lines(triggers, lora, words, clients), "```", ""]
     return "\n".join(lines)
 
 
@@ -232,17 +232,29 @@ def _where(said: Mapping[str, str]) -> str:
     return "In the prompt write " + ", ".join(f"`{word}` for `{trigger}`" for trigger, word in said.items()) + "."
 
 
-def _diffusers_lines(triggers: Sequence[str], lora: bool, words: Mapping[str, str]) -> list[str]:
+def _diffusers_lines(triggers: Sequence[str], lora: bool, words: Mapping[str, str], clients: ClientNames) -> list[str]:
     lines: list[str] = []
     if lora:
         lines.append('pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")')
     tokens = diffusers_tokens(triggers)
     for trigger, word in words.items():
-        lines.append(f'pipe.load_textual_inversion("{word}.safetensors", token={json.dumps(tokens[trigger])})')
+        lines += _loading_lines(word, json.dumps(tokens[trigger]), clients)
     said = [tokens[trigger] if trigger in words else trigger for trigger in triggers]
     return [*lines, f"picture = pipe({json.dumps(f'a photo of {said[0]}')}).images[0]"] + [
         f"picture = pipe({json.dumps(f'a photo of {word}')}).images[0]" for word in said[1:]
     ]
+
+
+def _loading_lines(word: str, token: str, clients: ClientNames) -> list[str]:
+    """Of one embedding. Of several text encoders diffusers is told which vectors are whose."""
+    if len(clients.embeddings) == 1:
+        return [f'pipe.load_textual_inversion("{word}.safetensors", token={token})']
+    lines = ["from safetensors.torch import load_file", f'vectors = load_file("{word}.safetensors")']
+    for encoder, key in clients.embeddings.items():
+        tokenizer = encoder.replace("text_encoder", "tokenizer")
+        place = f"text_encoder=pipe.{encoder}, tokenizer=pipe.{tokenizer}"
+        lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={token}, {place})')
+    return lines
 
 
 def diffusers_tokens(triggers: Sequence[str]) -> dict[str, str]:
