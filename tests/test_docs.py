@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from bench import captions
@@ -84,6 +86,41 @@ def test_the_stage_of_adding_a_part_leaves_pictures_out(tmp_path: Path) -> None:
     assert list(line["stages"])[1:5] == ["dedupe", "regular", spec, "caption"]
 
 
+def test_the_optimizer_and_the_curve_of_the_optimizers_page_train(
+    tmp_path: Path, tiny_base: Path, tiny_pictures: Path
+) -> None:
+    """And its rules: they match, they are told of, and what they freeze stays as it was."""
+    match = re.search(r"```python\n# (?P<file>own\.py)\n(?P<code>.*?)```", page("docs/optimizers.md"), re.DOTALL)
+    rules = re.search(r"```json\n(?P<tree>.*?)```", page("docs/optimizers.md"), re.DOTALL)
+    assert match
+    assert rules
+    file = tmp_path / match["file"]
+    file.write_text(match["code"], encoding="utf-8")
+    own = {"name": f"{file}:get_optimizer", "curve": f"{file}:get_scheduler", "lr": 0.5, "options": {"momentum": 0.5}}
+    args = TrainArgs.model_validate(
+        {
+            "data": {"source": str(tiny_pictures), "resolution": 32},
+            "model": {"base": str(tiny_base)},
+            "optim": {"adapter": own, **json.loads(rules["tree"])["optim"]},
+            "sample": {"steps": 1},
+            "hooks": {"tensorboard": False},
+            "runtime": {"out": str(tmp_path), "steps": 4, "batch_size": 2, "device": "cpu"},
+        }
+    )
+    with opened(args) as session:
+        assert {group["momentum"] for group in session.run.optimizers["adapter"].param_groups} == {0.5}
+        middle = [p for n, p in session.run.components["adapter"] if n.startswith("mid_block") and "attn2" not in n]
+        states = [[p.detach().clone() for p in middle]]
+        lr: list[float] = []
+        for step in session.steps():
+            states.append([p.detach().clone() for p in middle])
+            lr.append(step.lr["adapter"])
+    assert lr == [0.5, 0.5, 0.05, 0.05]
+    same = [all(map(torch.equal, a, b)) for a, b in pairwise(states)]
+    assert same == [False, False, True, True]
+    assert "rule mid_block: trained from 0% to 50% of the run" in session.dir.log.read_text(encoding="utf-8")
+
+
 def test_the_run_directory_page_names_every_path() -> None:
     run = RunDir(Path("R"))
     paths = [value for name in vars(RunDir) if isinstance(value := getattr(run, name), Path) and value != run.root]
@@ -101,6 +138,7 @@ def test_the_run_directory_page_names_every_path() -> None:
         "docs/run-directory.md",
         "docs/hooks.md",
         "docs/masks.md",
+        "docs/optimizers.md",
         "docs/pictures.md",
         "docs/concepts.md",
         "docs/several-processes.md",

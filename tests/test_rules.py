@@ -1,0 +1,207 @@
+"""Layer rules on a real small run: what is frozen does not move, what is trained does; what never moved is an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from small import make_run, tensors
+from torch import nn
+
+from trainer.args import OptimArgs, RuleArgs
+from trainer.loop import Run, train
+from trainer.optim import assigned, described, moved, prepare
+
+NAMES = ("down.0.attn1.to_q.lora_A.weight", "down.0.attn1.to_q.lora_B.weight", "mid.attn2.to_k.lora_A.weight")
+
+
+def named() -> dict[str, list[tuple[str, nn.Parameter]]]:
+    return {
+        "adapter": [(name, nn.Parameter(torch.ones(2, 2))) for name in NAMES],
+        "rows": [("text_encoder", nn.Parameter(torch.ones(1, 2)))],
+    }
+
+
+def rules(*trees: dict[str, Any]) -> tuple[RuleArgs, ...]:
+    return OptimArgs.model_validate({"rules": trees}).rules
+
+
+def ruled(steps: int, optim: dict[str, Any]) -> Run:
+    """A small run whose optimizers and rates are those of a section, as the composition root makes them."""
+    run = make_run(steps=steps)
+    args = OptimArgs.model_validate(optim)
+    run.optimizers, run.lr = prepare(args, steps, run.components, {name: {} for name in run.components})
+    return run
+
+
+def movements(run: Run) -> dict[str, list[bool]]:
+    """Parameter -> whether each update moved it."""
+    before, seen = tensors(run), {name: list[bool]() for name in tensors(run)}
+    for _ in train(run):
+        after = tensors(run)
+        for name, flags in seen.items():
+            flags.append(not torch.equal(before[name], after[name]))
+        before = after
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("match", "hits"),
+    [
+        ("*", [*NAMES, "text_encoder"]),
+        ("*.lora_B.*", [NAMES[1]]),
+        ("mid", [NAMES[2]]),
+        ("down.0.attn1.to_q", list(NAMES[:2])),
+        (r"re:.*attn\d\.to_[qk]", list(NAMES)),
+        ("text_encoder", ["text_encoder"]),
+    ],
+)
+def test_a_pattern_is_over_parameters_and_their_modules(match: str, hits: list[str]) -> None:
+    found = assigned(rules({"match": match, "lr_scale": 0.5}), named())
+    assert [name for of in found.values() for name in of] == hits
+
+
+def test_the_first_rule_that_matches_holds_and_the_table_says_so() -> None:
+    given = rules({"match": "*lora_B*", "lr_scale": 4}, {"match": "down", "until": 0.5})
+    found = assigned(given, named())
+    assert {name: rule.match for name, rule in found["adapter"].items()} == {NAMES[1]: "*lora_B*", NAMES[0]: "down"}
+    assert described(given, found) == [
+        f"rule *lora_B*: rate times 4: 1 tensors: {NAMES[1]}",
+        f"rule down: trained from 0% to 50% of the run, frozen before and after: 1 tensors: {NAMES[0]}",
+    ]
+
+
+def test_a_pattern_that_matches_nothing_is_named_with_what_is_near() -> None:
+    with pytest.raises(ValueError, match=r"'\*\.attn3\.\*' matches nothing that is trained; near are attn"):
+        assigned(rules({"match": "*.attn3.*", "lr_scale": 2}), named())
+    with pytest.raises(ValueError, match="all 2 tensors that 'down' matches obey an earlier rule"):
+        assigned(rules({"match": "*lora*", "lr_scale": 2}, {"match": "down", "lr_scale": 3}), named())
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"match": "x"}, "changes nothing"),
+        ({"match": "x", "after": 0.5, "until": 0.5}, "must be below"),
+        ({"match": "re:(", "lr_scale": 2}, "no regular expression"),
+        ({"match": "x", "curve": "hard_pivot"}, "is for components"),
+        ({"match": "x", "lr_scale": 0}, "greater than 0"),
+        ({"match": "x", "curve": "linaer"}, r"did you mean linear\?"),
+    ],
+)
+def test_rules_that_say_nothing_are_refused(tree: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        rules(tree)
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "sgd"])
+def test_what_is_frozen_does_not_move_and_what_is_trained_does(name: str) -> None:
+    own = {"name": name, "weight_decay": 0.1, "lr": 1.0 if name == "prodigy" else 0.01}
+    own |= {"options": {"momentum": 0.9}} if name == "sgd" else {}
+    rule = {"match": "down.weight", "after": 0.3, "until": 0.7}
+    seen = movements(ruled(10, {"adapter": own, "rows": {**own}, "rules": [rule]}))
+    assert seen["down.weight"] == [False] * 3 + [True] * 4 + [False] * 3
+    assert all(seen["up.weight"])
+
+
+def test_a_rate_a_curve_and_the_log_of_a_rule() -> None:
+    run = ruled(
+        10, {"adapter": {"lr": 0.5}, "rules": [{"match": "up*", "lr_scale": 0.1, "after": 0.5, "curve": "linear"}]}
+    )
+    steps = list(train(run))
+    assert [step.lr["adapter"] for step in steps] == [0.5] * 10
+    expected = [0.0] * 5 + [0.05 * (1 - i / 5) for i in range(5)]
+    assert [step.lr["adapter/up*"] for step in steps] == pytest.approx(expected)
+
+
+def test_what_is_frozen_counts_in_no_norm() -> None:
+    run = ruled(4, {"rules": [{"match": "up.weight", "after": 0.5}]})
+    norms = [step.grad_norm["adapter"] for step in train(run)]
+    assert norms[:2] == [0.0, 0.0]  # A has no gradient before B moves
+    assert min(norms[2:]) > 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "schedulefree-adamw"])
+def test_a_hard_pivot_moves_rows_and_then_the_adapter(name: str) -> None:
+    own = {"name": name, "curve": "hard_pivot", "weight_decay": 0.1, "lr": 1.0 if name == "prodigy" else 0.01}
+    seen = movements(ruled(10, {"adapter": own, "rows": own, "pivot": 0.5}))
+    assert seen["rows"] == [True] * 5 + [False] * 5
+    assert seen["up.weight"] == [False] * 5 + [True] * 5
+
+
+def test_what_a_rule_freezes_all_along_is_refused() -> None:
+    with pytest.raises(ValueError, match="freezes its tensors in all 4 updates"):
+        ruled(4, {"rules": [{"match": "up*", "after": 0.8, "until": 0.9}]})
+
+
+def test_prodigy_takes_windows_but_no_rates_of_rules() -> None:
+    with pytest.raises(ValueError, match="finds one rate for all"):
+        ruled(4, {"adapter": {"name": "prodigy", "lr": 1}, "rules": [{"match": "up*", "lr_scale": 2}]})
+
+
+def test_a_rule_gives_a_precision_to_both_halves_or_to_none() -> None:
+    components = named()
+    args = OptimArgs.model_validate({"rules": [{"match": "down", "dtype": "bf16"}]})
+    optimizers, _ = prepare(args, 4, components, {"adapter": {}, "rows": {}})
+    assert [p.dtype for _, p in components["adapter"]] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert optimizers["adapter"].param_groups[0]["params"][0].dtype == torch.bfloat16
+    half = OptimArgs.model_validate({"rules": [{"match": "*lora_B*", "dtype": "bf16"}]})
+    with pytest.raises(ValueError, match=r"multiplied with each other; match the layer down\.0\.attn1\.to_q"):
+        prepare(half, 4, named(), {"adapter": {}, "rows": {}})
+
+
+def test_each_component_is_clipped_to_its_own_norm_or_not_at_all() -> None:
+    args = OptimArgs.model_validate({"adapter": {"max_grad_norm": 0.5}, "max_grad_norm": 0})
+    assert (args.clip(args.adapter), args.clip(args.rows)) == (0.5, 0)
+    run = make_run(steps=1)
+    run.max_grad_norm = {"adapter": 1e-4, "rows": 0}
+    seen: dict[str, torch.Tensor] = {}
+
+    def remember(component: str) -> Any:
+        return lambda optimizer, *_: seen.update(
+            {
+                component: torch.cat(
+                    [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+                ).norm()
+            }
+        )
+
+    for component, optimizer in run.optimizers.items():
+        optimizer.register_step_pre_hook(remember(component))
+    step = next(train(run))
+    assert seen["adapter"].item() == pytest.approx(1e-4, rel=1e-2) != pytest.approx(step.grad_norm["adapter"])
+    assert seen["rows"].item() == pytest.approx(step.grad_norm["rows"])
+
+
+# --- what never moved
+
+
+def test_a_run_moves_all_that_it_trains() -> None:
+    run = make_run(steps=12)
+    before = moved.marks(run.components)
+    list(train(run))
+    moved.check(before, run.components, moved.updates(run.optimizers, run.lr, 12))
+
+
+def test_a_tensor_that_never_moves_is_named() -> None:
+    run = make_run(steps=12)
+    forgotten = nn.Parameter(torch.ones(3))
+    run.components = {**run.components, "adapter": [*run.components["adapter"], ("forgotten.weight", forgotten)]}
+    args = OptimArgs()
+    run.optimizers, run.lr = prepare(args, 12, run.components, {"adapter": {}, "rows": {}})
+    before = moved.marks(run.components)
+    list(train(run))
+    with pytest.raises(moved.NeverMoved, match=r"1 of 4 trained tensors never moved: forgotten\.weight\."):
+        moved.check(before, run.components, moved.updates(run.optimizers, run.lr, 12))
+    moved.check(before, run.components, moved.updates(run.optimizers, run.lr, 2))  # too few to tell
+
+
+def test_a_zero_that_changed_its_sign_has_not_moved() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    components = {"adapter": [("b", p)]}
+    before = moved.marks(components)
+    p.data.neg_()
+    with pytest.raises(moved.NeverMoved, match="b"):
+        moved.check(before, components, {("adapter", "b"): 10})
