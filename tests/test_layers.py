@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer", "trainer.args", "trainer.types", "trainer.path", "trainer.registry", "trainer.rundir", "trainer.seed",
      "trainer.cli", "trainer.console", "trainer.extras", "trainer.progress", "trainer.share", "trainer.ranks",
-     "trainer.view", "trainer.events"),
+     "trainer.view", "trainer.events", "trainer.updates"),
     ("trainer.models", "trainer.adapters", "trainer.objectives", "trainer.optim", "trainer.dataset", "trainer.cache",
+     "trainer.layouts",
      "trainer.mixture",
     "trainer.concepts",
      "preprocess"),

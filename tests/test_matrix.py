@@ -42,6 +42,17 @@ ADAPTER: dict[str, dict[str, dict[str, Any]]] = {
     "lora-conv": {"adapter": {"kind": "lora", "rank": 2, "alpha": 1.0, "targets": "attention+ff+conv"}},
     "rows": {"text": {"tokens": 2}},
     "pivotal": {"adapter": {"kind": "lora", "rank": 2, "dropout": 0.3}, "text": {"tokens": 1}},
+    "encoders": {
+        "adapter": {"kind": "lora", "rank": 2, "rank_stabilised": True, "text": {"train": True, "targets": "all"}},
+        "text": {"tokens": 1},
+    },
+    "dora": {"adapter": {"kind": "dora", "rank": 2, "dropout": 0.3, "targets": "attention+ff+conv"}},
+    "dora-rows": {"adapter": {"kind": "dora", "rank": 2, "axis": "output", "targets": "all", "text": {"train": True}}},
+    "loha": {"adapter": {"kind": "loha", "rank": 2, "targets": "attention+ff+conv", "max_norm": 0.01}},
+    "lokr": {"adapter": {"kind": "lokr", "rank": 2, "factor": 4, "targets": "attention+ff+conv", "l1": 0.1}},
+    "oft": {"adapter": {"kind": "oft", "block": 8}},
+    "full": {"adapter": {"kind": "full", "targets": "all"}, "text": {"tokens": 1}},
+    "norms": {"adapter": {"kind": "full", "targets": "norm", "text": {"train": True, "targets": "norm"}}},
 }
 OBJECTIVE: dict[str, dict[str, Any]] = {
     "denoise": {"kind": "denoise"},
@@ -66,14 +77,17 @@ OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
     "adamw": {
         "adapter": {"curve": "pivot_adapter", "weight_decay": 0.01},
         "rows": {"curve": "pivot_rows", "lr": 0.01},
+        "text": {"curve": "linear"},
     },
     "prodigy": {
         "adapter": {"name": "prodigy", "lr": 1.0, "curve": "cosine", "warmup": 0.3},
         "rows": {"name": "prodigy", "lr": 1.0},
+        "text": {"name": "prodigy", "lr": 1.0, "weight_decay": 0.01},
     },
     "averages": {
         "adapter": {"name": "schedulefree-adamw", "lr": 0.01},
         "rows": {"name": "prodigy-plus", "lr": 1.0},
+        "text": {"name": "schedulefree-adamw", "lr": 0.01},
     },
 }
 
@@ -101,6 +115,8 @@ def make_adapters(row: dict[str, dict[str, Any]]) -> list[Adapter]:
     if "adapter" in row:
         args = AdapterArgs.model_validate(row["adapter"])
         adapters.append(registry.load(ADAPTERS, args.kind, "adapter")(args, 0))
+        if args.text.train:
+            adapters.append(registry.load(ADAPTERS, args.kind, "adapter")(args.for_text(), 1, "text"))
     return adapters
 
 

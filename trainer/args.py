@@ -531,6 +531,10 @@ class ModelArgs(Section):
         description="diffusers folder or hub id whose configs and tokenizer a single-file base is read with "
         "[default: what diffusers finds on the hub]",
     )
+    merge: dict[str, float] = Field(
+        default_factory=dict[str, float],
+        description="file=strength: LoRAs and other updates (files or run directories) merged into the base first",
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the frozen weights")
     prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
         "auto", description="what the base predicts; auto reads the scheduler's config"
@@ -543,14 +547,145 @@ class ModelArgs(Section):
     )
 
 
+class EncodersArgs(Section):
+    """The adapter's part on the text encoders. Its options are the denoiser's where they are left out."""
+
+    train: bool = Field(False, description="train the text encoders' layers too, as component text of optim")
+    rank: int | None = Field(None, ge=1, le=1024, description="as adapter.rank [default: adapter.rank]")
+    alpha: float | None = Field(None, gt=0, description="as adapter.alpha [default: as for the denoiser]")
+    targets: Literal["attention", "attention+ff", "all", "norm"] = Field(
+        "attention", description="layers of each text encoder"
+    )
+    match: tuple[str, ...] = Field((), description="as adapter.match, for the text encoders")
+    exclude: tuple[str, ...] = Field((), description="as adapter.exclude, for the text encoders")
+
+    @model_validator(mode="after")
+    def _is_on(self) -> EncodersArgs:
+        if not self.train and self != EncodersArgs.model_construct():
+            raise ValueError("adapter.text is given, but adapter.text.train is off; turn it on, or leave the rest out")
+        return self
+
+
+# Option of AdapterArgs -> the kinds of the project's own that it does something for; what is not here, all have.
+_ADAPTER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "rank": ("lora", "dora", "loha", "lokr"),
+    "alpha": ("lora", "dora", "loha", "lokr"),
+    "ranks": ("lora", "dora", "loha", "lokr"),
+    "alphas": ("lora", "dora", "loha", "lokr"),
+    "rank_stabilised": ("lora", "dora"),
+    "lora_plus": ("lora", "dora"),
+    "dropout": ("lora", "dora"),
+    "axis": ("dora",),
+    "factor": ("lokr",),
+    "block": ("oft",),
+    "bias": ("full",),
+    "max_norm": ("lora", "loha", "lokr", "full"),
+    "start": ("lora", "dora", "loha", "lokr", "full"),
+}
+_ADAPTER_KINDS = ("lora", "dora", "loha", "lokr", "oft", "full")
+
+
 class AdapterArgs(Section):
-    kind: str = Field("lora", description="adapter on the denoiser: a name of trainer.adapters, or none")
+    kind: str = Field(
+        "lora",
+        description="adapter on layers: a name of trainer.adapters (lora, dora, loha, lokr, oft, full), or none",
+    )
     rank: int = Field(8, ge=1, le=1024, description="inner dimension of the low-rank update")
     alpha: float | None = Field(None, gt=0, description="numerator of the scale alpha/rank [default: rank, scale 1]")
-    targets: Literal["attention", "attention+ff", "attention+ff+conv"] = Field(
-        "attention", description="layers that get an update"
+    targets: Literal[
+        "attention",
+        "attention+ff",
+        "attention+ff+conv",
+        "all",
+        "norm",
+        "b-lora",
+        "b-lora-content",
+        "b-lora-style",
+    ] = Field(
+        "attention",
+        description="layers of the denoiser that are trained; all is every Linear and convolution, norm every norm, "
+        "b-lora the two blocks of SDXL that carry content and style",
     )
+    match: tuple[str, ...] = Field(
+        (), description="regexes instead of targets: a layer in whose path one of them is found is trained"
+    )
+    exclude: tuple[str, ...] = Field((), description="regexes: a layer in whose path one is found is left out")
+    ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        default_factory=dict[str, int], description="regex=rank for layers of another rank; the first found counts"
+    )
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict[str, float], description="regex=alpha for layers of another alpha; the first found counts"
+    )
+    rank_stabilised: bool = Field(False, description="scale by alpha/sqrt(rank), which large ranks need (rsLoRA)")
+    lora_plus: float = Field(1.0, ge=1.0, le=1000.0, description="how many times faster B learns than A (LoRA+: 16)")
     dropout: Probability = Field(0.0, ge=0.0, lt=1.0, description="dropout on the update's input")
+    axis: Literal["input", "output"] = Field(
+        "input", description="what DoRA's lengths are of: columns, as clients read it, or rows, as PEFT has it"
+    )
+    factor: int = Field(
+        -1, ge=-1, le=1024, description="side of LoKr's smaller matrix at most; -1 makes the two about equal"
+    )
+    block: int = Field(32, ge=2, le=1024, description="side of OFT's rotations; it divides the layers' input widths")
+    bias: bool = Field(True, description="train biases beside the weights (kind full)")
+    max_norm: float | None = Field(None, gt=0, description="cap of each layer's |W' - W| [default: none]")
+    l1: float = Field(0.0, ge=0.0, description="weight of the mean |W' - W| in the loss, which keeps updates sparse")
+    start: str | None = Field(
+        None, description="file or run directory whose adapter of the same kind and ranks is trained on [default: none]"
+    )
+    text: EncodersArgs = Field(
+        default_factory=lambda: EncodersArgs.model_validate({}), description="the same on the text encoders"
+    )
+
+    @field_validator("match", "exclude")
+    @classmethod
+    def _are_regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            _check_regex(pattern)
+        return patterns
+
+    @field_validator("ranks", "alphas")
+    @classmethod
+    def _have_regexes(cls, values: dict[str, float]) -> dict[str, float]:
+        for pattern in values:
+            _check_regex(pattern)
+        return values
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> AdapterArgs:
+        """Options that would do nothing are mistakes. What an adapter from elsewhere reads is not known."""
+        if self.kind in _ADAPTER_KINDS:
+            default = AdapterArgs.model_construct()
+            for option, kinds in _ADAPTER_OPTIONS.items():
+                if self.kind not in kinds and getattr(self, option) != getattr(default, option):
+                    raise ValueError(
+                        f"adapter.{option} is {getattr(self, option)}, which does nothing for adapter.kind {self.kind} "
+                        f"(it is for {', '.join(kinds)}); leave it out"
+                    )
+        if self.match and self.targets != "attention":
+            raise ValueError(f"adapter.match is given, and so is adapter.targets ({self.targets}); choose one of them")
+        if self.kind == "none" and self.text.train:
+            raise ValueError("adapter.text.train is on, but adapter.kind is none; choose the kind, or turn it off")
+        return self
+
+    @property
+    def scaled_by_alpha(self) -> bool:
+        """Whether alpha means something, and has a default."""
+        return self.kind not in _ADAPTER_KINDS or self.kind in _ADAPTER_OPTIONS["alpha"]
+
+    def for_text(self) -> AdapterArgs:
+        """The section as it holds for the text encoders."""
+        own = self.text
+        rank = own.rank or self.rank
+        alpha = own.alpha or (float(rank) if own.rank and self.scaled_by_alpha else self.alpha)
+        changes = {"targets": own.targets, "match": own.match, "exclude": own.exclude, "rank": rank, "alpha": alpha}
+        return self.model_copy(update={**changes, "ranks": {}, "alphas": {}})
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
 
 
 class TextArgs(Section):
@@ -830,6 +965,12 @@ class RowsOptim(ComponentOptim):
     lr: float = Field(1e-2, gt=0, description="peak learning rate")
 
 
+class TextOptim(ComponentOptim):
+    """The same with the default of the text encoders' layers, which need smaller steps."""
+
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+
+
 class RuleArgs(CurveArgs):
     """Another rate, or another time, for some of the trained tensors."""
 
@@ -872,6 +1013,9 @@ class OptimArgs(Section):
         default_factory=lambda: ComponentOptim.model_validate({}), description="the adapter's"
     )
     rows: RowsOptim = Field(default_factory=lambda: RowsOptim.model_validate({}), description="the token rows'")
+    text: TextOptim = Field(
+        default_factory=lambda: TextOptim.model_validate({}), description="the adapter's on the text encoders"
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm each component is clipped to; 0 is off")
     pivot: Probability = Field(0.5, gt=0.0, lt=1.0, description="progress at which hard_pivot changes over")
     rules: tuple[RuleArgs, ...] = Field(
@@ -983,6 +1127,11 @@ class TrainArgs(Section):
     def _something_trains(self) -> TrainArgs:
         if self.adapter.kind == "none" and self.text.tokens == 0:
             raise ValueError("nothing would be trained: adapter.kind is none and text.tokens is 0; set one of them")
+        if self.objective.prior_weight and self.adapter.text.train:
+            raise ValueError(
+                "objective.prior_weight keeps what class_words are drawn as before training, but adapter.text.train "
+                "changes how they are read; turn one of them off"
+            )
         data, concepts = self.data, self.data.concepts.values()
         words = bool(self.text.init_words) or (bool(concepts) and all(concept.init_words for concept in concepts))
         if self.text.init == "words" and self.text.tokens and not words:

@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from trainer.args import TrainArgs
+from trainer.args import AdapterArgs, TrainArgs
+from trainer.layouts import LayoutError, Modules, diffusers_lacks, diffusers_metadata, diffusers_state, kohya_state
 from trainer.rundir import atomic_write
-from trainer.types import Adapter, ClientNames, HasLora, HasRows, LoraTensors, ModelFamily
+from trainer.types import Adapter, ClientNames, HasRows, HasUpdates, ModelFamily
+from trainer.updates import Difference, LohaTensors, LokrTensors, LoraTensors, Update
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as modelspec spells them; it has no word for others
-Modules = Mapping[tuple[str, str], LoraTensors]
+DIFFUSERS = "pytorch_lora_weights.safetensors"
 
 
 class ExportError(RuntimeError):
@@ -38,20 +40,16 @@ def export(folder: Path, name: str, family: ModelFamily, adapters: Sequence[Adap
     dtype, clients = DTYPES[args.model.dtype], family.clients
     facts = _facts(name, family, args)
     files: dict[str, bytes] = {}
+    updating = [adapter for adapter in adapters if isinstance(adapter, HasUpdates)]
+    if updating:
+        files |= _update_files(name, updating, clients, facts, dtype)
     for adapter in adapters:
-        if isinstance(adapter, HasLora):
-            modules = adapter.modules()
-            files[f"{name}.safetensors"] = _pack(
-                kohya_state(modules, clients), {**facts, **_lora_facts(modules)}, dtype
-            )
-            extra = {"format": "pt", "lora_adapter_metadata": diffusers_metadata(modules, clients)}
-            files["pytorch_lora_weights.safetensors"] = _pack(diffusers_state(modules, clients), extra, dtype)
-        elif isinstance(adapter, HasRows):
+        if isinstance(adapter, HasRows):
             kind = {"modelspec.architecture": f"{clients.architecture}/textual-inversion"}
             for trigger, word in embedding_names(name, adapter.triggers).items():
                 own = {**_modelspec(facts), **kind, "modelspec.trigger_phrase": trigger}
                 files[f"{word}.safetensors"] = _pack(embedding_state(adapter.rows(trigger), clients), own, dtype)
-        elif adapter.state_dict():
+        elif not isinstance(adapter, HasUpdates) and adapter.state_dict():
             raise ExportError(f"no layout is known for: {', '.join(sorted(adapter.state_dict()))}")
     files["README.md"] = _note(name, args, set(files), adapters, clients).encode()
     for file, data in files.items():
@@ -59,42 +57,26 @@ def export(folder: Path, name: str, family: ModelFamily, adapters: Sequence[Adap
     return [folder / file for file in files]
 
 
-def kohya_state(modules: Modules, clients: ClientNames) -> dict[str, Tensor]:
-    """`<kohya name>.lora_down.weight`, `.lora_up.weight` and `.alpha` (0-d) for each module."""
-    state: dict[str, Tensor] = {}
-    for (component, path), tensors in modules.items():
-        key = clients.kohya(component, path)
-        state[f"{key}.lora_down.weight"] = tensors.down
-        state[f"{key}.lora_up.weight"] = tensors.up
-        state[f"{key}.alpha"] = torch.tensor(tensors.alpha)
-    if len(state) != 3 * len(modules):
-        raise ExportError("two modules share one kohya name; this denoiser cannot be written in the kohya layout")
-    return state
+def _update_files(
+    name: str, updating: Sequence[HasUpdates], clients: ClientNames, facts: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, bytes]:
+    """The kohya file, and the diffusers file where diffusers knows such updates."""
+    modules = {key: update for adapter in updating for key, update in adapter.modules().items()}
+    files: dict[str, bytes] = {}
+    try:
+        if diffusers_lacks(modules) is None:
+            extra = {"format": "pt", "lora_adapter_metadata": diffusers_metadata(modules, clients)}
+            files[DIFFUSERS] = _pack(diffusers_state(modules, clients), extra, dtype)
+        if any(_of_rows(update) for update in modules.values()):  # programs do not read their lengths alike
+            modules = {key: update for adapter in updating for key, update in adapter.differences().items()}
+        kohya = _pack(kohya_state(modules, clients), {**facts, **_update_facts(modules)}, dtype)
+    except LayoutError as error:
+        raise ExportError(str(error)) from error
+    return {f"{name}.safetensors": kohya, **files}
 
 
-def diffusers_state(modules: Modules, clients: ClientNames) -> dict[str, Tensor]:
-    """`unet.<path>.lora_A.weight` and `.lora_B.weight` for each module."""
-    state: dict[str, Tensor] = {}
-    for (component, path), tensors in modules.items():
-        key = clients.diffusers(component, path)
-        state[f"{key}.lora_A.weight"] = tensors.down
-        state[f"{key}.lora_B.weight"] = tensors.up
-    return state
-
-
-def diffusers_metadata(modules: Modules, clients: ClientNames) -> str:
-    """JSON of the LoraConfig arguments by component: in this layout it is what carries alpha."""
-    facts: dict[str, object] = {}
-    for component in dict.fromkeys(component for component, _ in modules):
-        own = {path: tensors for (c, path), tensors in modules.items() if c == component}
-        rank, alpha = _uniform(own)
-        prefix = clients.diffusers(component, "").split(".")[0]
-        facts |= {
-            f"{prefix}.r": rank,
-            f"{prefix}.lora_alpha": alpha,
-            f"{prefix}.target_modules": sorted(own),
-        }
-    return json.dumps(facts, sort_keys=True)
+def _of_rows(update: Update) -> bool:
+    return isinstance(update, LoraTensors) and update.magnitude is not None and update.magnitude.shape[0] != 1
 
 
 def embedding_state(rows: Mapping[str, Tensor], clients: ClientNames) -> dict[str, Tensor]:
@@ -124,14 +106,6 @@ def embedding_names(name: str, triggers: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _uniform(modules: Mapping[str, LoraTensors]) -> tuple[int, float]:
-    """The one rank and alpha of all modules."""
-    found = {(tensors.down.shape[0], tensors.alpha) for tensors in modules.values()}
-    if len(found) != 1:
-        raise ExportError(f"the modules differ in (rank, alpha): {sorted(found)}; one pair can be written")
-    return found.pop()
-
-
 def _pack(state: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype) -> bytes:
     """A safetensors file; alphas (0-d) stay float32."""
     tensors = {key: (t.float() if t.ndim == 0 else t.to(dtype)).cpu().contiguous() for key, t in state.items()}
@@ -147,7 +121,6 @@ def _facts(name: str, family: ModelFamily, args: TrainArgs) -> dict[str, str]:
     return {
         "ss_base_model_version": family.clients.base_version,
         **family.clients.facts,
-        "ss_network_module": "networks.lora",
         "ss_output_name": name,
         "ss_sd_model_name": _base_name(args),
         "ss_resolution": f"({resolution}, {resolution})",
@@ -161,9 +134,29 @@ def _facts(name: str, family: ModelFamily, args: TrainArgs) -> dict[str, str]:
     }
 
 
-def _lora_facts(modules: Modules) -> dict[str, str]:
-    rank, alpha = _uniform({f"{component}.{path}": tensors for (component, path), tensors in modules.items()})
-    return {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+def _update_facts(modules: Modules) -> dict[str, str]:
+    """What kohya's file says of its network; Dynamic where modules differ."""
+    network = next(iter({_network(update): None for update in modules.values()}))
+    ranks = {_rank_and_alpha(update) for update in modules.values()}
+    rank, alpha = ranks.pop() if len(ranks) == 1 else ("Dynamic", "Dynamic")
+    facts = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": network})}
+    if network == "lora":
+        facts = {"ss_network_module": "networks.lora"}
+    return {**facts, "ss_network_dim": rank, "ss_network_alpha": alpha} if rank else facts
+
+
+def _network(update: Update) -> str:
+    names = {LoraTensors: "lora", LohaTensors: "loha", LokrTensors: "lokr", Difference: "full"}
+    return names[type(update)]
+
+
+def _rank_and_alpha(update: Update) -> tuple[str, str]:
+    """As text; empty where the kind has none."""
+    if isinstance(update, LoraTensors):
+        return str(update.down.shape[0]), f"{update.alpha:g}"
+    if isinstance(update, LohaTensors):
+        return str(update.w1_b.shape[0]), f"{update.alpha:g}"
+    return "", ""
 
 
 def _modelspec(facts: Mapping[str, str]) -> dict[str, str]:
@@ -177,7 +170,6 @@ def _base_name(args: TrainArgs) -> str:
 
 def _note(name: str, args: TrainArgs, files: set[str], adapters: Sequence[Adapter], clients: ClientNames) -> str:
     """README.md for the person who gets the files."""
-    lora = f"{name}.safetensors" in files
     words: dict[str, str] = {}
     for adapter in adapters:
         if isinstance(adapter, HasRows):
@@ -187,15 +179,62 @@ def _note(name: str, args: TrainArgs, files: set[str], adapters: Sequence[Adapte
     lines = [f"# {name}", "", f"Made for prompts like: {made_for}", "", f"- base model: {_base_name(args)}"]
     lines += [f"- trigger: `{trigger}`{_of_folders(args, trigger)}" for trigger in triggers]
     for adapter in adapters:
-        if isinstance(adapter, HasLora):
-            rank, alpha = _uniform({f"{c}.{p}": t for (c, p), t in adapter.modules().items()})
-            lines.append(f"- LoRA of rank {rank}, alpha {alpha:g}, on {args.adapter.targets.replace('+', ', ')}")
+        if isinstance(adapter, HasUpdates):
+            lines.append(_described(adapter.modules(), args.adapter))
         elif isinstance(adapter, HasRows):
             count = max(len(vectors) for vectors in adapter.rows(adapter.triggers[0]).values())
             lines.append(f"- {count} token vectors that stand for {'the' if len(triggers) == 1 else 'each'} trigger")
-    lines += ["", *_ui_lines(name, triggers, lora, words), ""]
-    lines += ["## diffusers", "", "```python", *_diffusers_lines(triggers, lora, words, clients), "```", ""]
+    if args.model.merge:
+        lines.append(f"- merged into the base first: {', '.join(_merged(args))}")
+    lines += ["", *_ui_lines(name, triggers, f"{name}.safetensors" in files, words), ""]
+    lines += ["## diffusers", "", *_diffusers_section(name, triggers, files, words, adapters, clients), ""]
     return "\n".join(lines)
+
+
+def _described(modules: Modules, adapter: AdapterArgs) -> str:
+    """A line about what was trained, and where."""
+    text = all(component != "denoiser" for component, _ in modules)
+    own = adapter.for_text() if text else adapter
+    where = f"layers that match {' or '.join(own.match)}" if own.match else own.targets.replace("+", ", ")
+    names = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "full": "Full differences"}
+    what = names.get(adapter.kind, adapter.kind)
+    found = sorted({_rank_and_alpha(update) for update in modules.values()})
+    if len(found) == 1 and found[0][0]:
+        what += f" of rank {found[0][0]}, alpha {found[0][1]}"
+    elif len(found) > 1:
+        what += f" of (rank, alpha) {', '.join(f'({rank}, {alpha})' for rank, alpha in found)}"
+    return f"- {what}, on {where}{' of the text encoders' if text else ''}"
+
+
+def _merged(args: TrainArgs) -> list[str]:
+    names = {file: PurePath(file.replace("\\", "/")).name for file in args.model.merge}
+    return [f"`{names[file]}` at {strength:g}" for file, strength in args.model.merge.items()]
+
+
+def _diffusers_section(
+    name: str,
+    triggers: Sequence[str],
+    files: set[str],
+    words: Mapping[str, str],
+    adapters: Sequence[Adapter],
+    clients: ClientNames,
+) -> list[str]:
+    """Code that loads what diffusers can load, and why it cannot load the rest."""
+    lines: list[str] = []
+    modules = {
+        key: up for adapter in adapters if isinstance(adapter, HasUpdates) for key, up in adapter.modules().items()
+    }
+    lacks = diffusers_lacks(modules)
+    if lacks:
+        lines += [
+            f"There is no file for `load_lora_weights`: {lacks}. `predict.py` draws with `{name}.safetensors`.",
+            "",
+        ]
+    elif any(component != "denoiser" and _of_rows(update) for (component, _), update in modules.items()):
+        lines += ["diffusers leaves out the lengths of the text encoders' DoRA, so its pictures differ from ours.", ""]
+    if DIFFUSERS in files or words:
+        lines += ["```python", *_diffusers_lines(triggers, DIFFUSERS in files, words, clients), "```"]
+    return lines
 
 
 def _example(args: TrainArgs, trigger: str) -> str:

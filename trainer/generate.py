@@ -1,6 +1,7 @@
 """Finished weights on a base: a run directory, a kohya or a diffusers LoRA file, an embedding -> pictures.
 
-The LoRA goes through diffusers' own loader, so what is drawn here is what a client of the file draws.
+A LoRA goes through diffusers' own loader, so what is drawn here is what a client of the file draws; updates that
+diffusers does not read are added to the base's weights.
 Pickles are refused: reading one runs the code in it.
 """
 
@@ -18,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from trainer import environment, registry, sampler
+from trainer import environment, layouts, registry, sampler
 from trainer.adapters.textual_inversion import Concept, TextualInversion
 from trainer.args import ModelArgs, TextArgs, TrainArgs
 from trainer.export import embedding_name
@@ -88,10 +89,14 @@ class Painter:
         """
         kind: Any = registry.load(FAMILIES, sniff.named(weights.model).family, "model.family", code=code)
         self.family: ModelFamily = kind.load(weights.model, device)
-        self._lora = weights.lora is not None
+        self._lora = weights.lora is not None and layouts.is_plain_lora(_header(weights.lora)[0])
+        self._merged: layouts.Merged | None = None
         try:
-            if weights.lora is not None:
+            layouts.merge(self.family, weights.model.merge)
+            if weights.lora is not None and self._lora:
                 _put_lora(self.family, weights.lora)
+            elif weights.lora is not None:
+                self._merged = layouts.Merged(self.family, layouts.read(weights.lora, self.family))
             if weights.embeddings:
                 _put_rows(self.family, weights.embeddings)
         except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
@@ -115,6 +120,8 @@ class Painter:
         """One picture for each prompt; the first has `seed`, the next the next."""
         if self._lora:
             self.family.pipeline().set_adapters(LORA, strength)
+        if self._merged is not None:
+            self._merged.set(strength)
         return sampler.generate(
             self.family,
             prompts,

@@ -104,7 +104,7 @@ def encoder(
     share: Share,
 ) -> Callable[[Sequence[str]], Cond]:
     """Captions -> Cond: live only while rows are trained, or while captions are hardly ever the same; else cached."""
-    if args.text.tokens or (args.data.varied and not args.data.caption_variants):
+    if args.text.tokens or args.adapter.text.train or (args.data.varied and not args.data.caption_variants):
         return family.encode
     text = cache.TextCache(run_dir.cache / "text", family, device)
     priors = concepts.priors(args.data, items) if args.objective.prior_weight else {}

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import preprocess
 from preprocess import maskers, source, stages, upscalers
@@ -24,6 +25,7 @@ from trainer import (
     console,
     environment,
     export,
+    layouts,
     material,
     mixture,
     optim,
@@ -31,8 +33,17 @@ from trainer import (
     report,
 )
 from trainer.adapters import ADAPTERS
+from trainer.adapters.layered import Layers
 from trainer.adapters.textual_inversion import Concept, TextualInversion
-from trainer.args import CaptionModelArgs, DataArgs, ModelArgs, RegularisationArgs, TrainArgs, TriggerModelArgs
+from trainer.args import (
+    AdapterArgs,
+    CaptionModelArgs,
+    DataArgs,
+    ModelArgs,
+    RegularisationArgs,
+    TrainArgs,
+    TriggerModelArgs,
+)
 from trainer.dataset import Item, read_manifest
 from trainer.engine import Engine, EngineError
 from trainer.events import Attached, ModelLoaded
@@ -45,6 +56,7 @@ from trainer.objectives import OBJECTIVES
 from trainer.optim import moved
 from trainer.ranks import Ranks
 from trainer.rundir import RunDir, atomic_write
+from trainer.seed import derive
 from trainer.types import Adapter, Cond, HasScales, ModelFamily, Predict, Step
 
 _Model = TypeVar("_Model", CaptionModelArgs, TriggerModelArgs)
@@ -173,12 +185,16 @@ def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> Trai
         raise RunError(str(error)) from error
     return args.model_copy(
         update={
-            "adapter": args.adapter.model_copy(update={"alpha": args.adapter.alpha or float(args.adapter.rank)}),
+            "adapter": args.adapter.model_copy(update={"alpha": _alpha(args.adapter)}),
             "data": data.model_copy(update={"resolution": args.data.resolution or (family.resolution,)}),
             "runtime": args.runtime.model_copy(update={"steps": args.runtime.updates(_counted(args.data, items))}),
             "sample": args.sample.model_copy(update={"prompts": prompts}),
         }
     )
+
+
+def _alpha(adapter: AdapterArgs) -> float | None:
+    return adapter.alpha or (float(adapter.rank) if adapter.scaled_by_alpha else None)
 
 
 def _counted(data: DataArgs, items: Sequence[Item]) -> int:
@@ -200,13 +216,18 @@ def _located(args: TrainArgs) -> TrainArgs:
                 }
             ),
             "model": _found(args.model),
+            "adapter": args.adapter.model_copy(
+                update={"start": args.adapter.start and environment.located(args.adapter.start)}
+            ),
         }
     )
 
 
 def _found(model: ModelArgs) -> ModelArgs:
     config = environment.located(model.config) if model.config else None
-    return sniff.named(model.model_copy(update={"base": environment.located(model.base), "config": config}))
+    merge = {environment.located(file): strength for file, strength in model.merge.items()}
+    given = {"base": environment.located(model.base), "config": config, "merge": merge}
+    return sniff.named(model.model_copy(update=given))
 
 
 def _kept(args: TrainArgs) -> TrainArgs:
@@ -281,7 +302,12 @@ def _ready(args: TrainArgs, parts: _Parts, here: Ranks) -> Generator[tuple[Model
     except EngineError as error:
         raise RunError(str(error)) from error
     try:
-        yield parts.family.load(args.model, engine.device), engine
+        family = parts.family.load(args.model, engine.device)
+        try:
+            layouts.merge(family, args.model.merge)
+        except layouts.LayoutError as error:
+            raise RunError(f"model.merge: {error}") from error
+        yield family, engine
     finally:
         engine.release()
 
@@ -347,6 +373,8 @@ def _run(
         raise RunError(str(error)) from error
     try:
         components = {adapter.component: adapter.attach(family) for adapter in adapters}
+        if context.start == 0:
+            _begin(args, family, adapters)
     except ValueError as error:
         raise RunError(str(error)) from error
     for named in components.values():
@@ -358,6 +386,7 @@ def _run(
         optimizers, rates = optim.prepare(args.optim, args.runtime.steps, components, scales)
     except ValueError as error:
         raise RunError(str(error)) from error
+    _constrain(adapters, optimizers)
     return Run(
         family=family,
         adapters=adapters,
@@ -398,7 +427,32 @@ def _adapters(args: TrainArgs, items: Sequence[Item], parts: _Parts) -> list[Ada
         adapters.append(TextualInversion(args.text, _learned(args, items), args.runtime.seed))
     if parts.adapter is not None:
         adapters.append(parts.adapter(args.adapter, args.runtime.seed))
+        if args.adapter.text.train:
+            adapters.append(parts.adapter(args.adapter.for_text(), derive(args.runtime.seed, "text"), "text"))
     return adapters
+
+
+def _begin(args: TrainArgs, family: ModelFamily, adapters: Sequence[Adapter]) -> None:
+    """Puts what adapter.start names into the adapters, all of it."""
+    if args.adapter.start is None:
+        return
+    updates = layouts.read(layouts.file_of(args.adapter.start), family)
+    layered = [adapter for adapter in adapters if isinstance(adapter, Layers)]
+    if not args.adapter.text.train and any(component != "denoiser" for component, _ in updates):
+        raise RunError(f"adapter.start {args.adapter.start} has updates of text encoders; turn adapter.text.train on")
+    for adapter in layered:
+        adapter.begin(updates)
+
+
+def _constrain(adapters: Sequence[Adapter], optimizers: Mapping[str, Optimizer]) -> None:
+    """Has limits of updates hold after each of an optimizer's steps."""
+    for adapter in adapters:
+        if isinstance(adapter, Layers):
+            optimizers[adapter.component].register_step_post_hook(_constraining(adapter))
+
+
+def _constraining(adapter: Layers) -> Callable[[Optimizer, Any, Any], None]:
+    return lambda optimizer, args, kwargs: adapter.constrain()
 
 
 def _learned(args: TrainArgs, items: Sequence[Item]) -> list[Concept]:

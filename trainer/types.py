@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.path import NoisePath
+from trainer.updates import Difference, Update
 
 
 class BaseModelError(ValueError):
@@ -100,15 +101,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class LoraTensors:
-    """One low-rank update: delta W = alpha / rank * up @ down; down [r, in(, k, k)], up [out, r(, 1, 1)]."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-
-@dataclass(frozen=True)
 class ClientNames:
     """How the programs that load our files spell the parts of a family."""
 
@@ -164,7 +156,7 @@ class ModelFamily(Protocol):
 class Adapter(Protocol):
     """Makes parameters trainable in a family, and can switch itself off."""
 
-    component: str  # "adapter" or "rows": which optimizer section is its own
+    component: str  # "adapter", "text" or "rows": which optimizer section is its own
 
     def attach(self, family: ModelFamily) -> list[tuple[str, nn.Parameter]]: ...
     def detach(self) -> None:
@@ -181,11 +173,15 @@ class Adapter(Protocol):
 
 
 @runtime_checkable
-class HasLora(Protocol):
-    """An adapter whose update is low-rank."""
+class HasUpdates(Protocol):
+    """An adapter that changes layers' weights."""
 
-    def modules(self) -> Mapping[tuple[str, str], LoraTensors]:
-        """(component, diffusers module path) -> tensors; component is "denoiser" or a text encoder's name."""
+    def modules(self) -> Mapping[tuple[str, str], Update]:
+        """(component, diffusers module path) -> what changed; component is "denoiser" or a text encoder's name."""
+        ...
+
+    def differences(self) -> Mapping[tuple[str, str], Difference]:
+        """The same as differences of weights, for programs that cannot read it otherwise."""
         ...
 
 

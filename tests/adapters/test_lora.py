@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from trainer.adapters.lora import LoRA
@@ -223,3 +225,17 @@ def test_attaching_twice_is_refused(family: SD15) -> None:
     lora.attach(family)
     with pytest.raises(RuntimeError, match="attached already"):
         lora.attach(family)
+
+
+def test_start_and_order_are_pefts_own(family: SD15) -> None:
+    lora = LoRA(AdapterArgs(rank=4, targets="attention+ff+conv"), seed=3)
+    mine = {name: p.detach().clone() for name, p in lora.attach(family)}
+    paths = [path for _, path in lora.modules()]
+    lora.detach()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = LoraModel(family.denoiser, LoraConfig(r=4, lora_alpha=4, target_modules=paths), "default")
+    theirs = {n.replace(".default", ""): p for n, p in family.denoiser.named_parameters() if "lora_" in n}
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    model.unload()

@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from trainer.adapters.lora import check_names
+from trainer.adapters.layered import check_names
 from trainer.adapters.row_penalties import ORDINARY, Covariance, condition_norm, condition_penalty, std_penalty
 from trainer.adapters.similarity import approach_pictures
 from trainer.args import TextArgs
