@@ -115,9 +115,18 @@ def _build(words: list[str], here: ranks.Ranks) -> int:
     if options.step < 1:
         raise cli.CommandError("--step must be 1 or more")
     if options.dry_run:
-        with tempfile.TemporaryDirectory(prefix="tempera-") as scratch:
-            logging.basicConfig(level=logging.ERROR)  # what is wrong is said once, at the end
-            return _told(build(options.source, Path(scratch), data, data.resolution, options.step), data)
+        logging.basicConfig(level=logging.ERROR)  # what is wrong is said once, at the end
+        try:
+            with tempfile.TemporaryDirectory(prefix="tempera-") as scratch:
+                report = build(options.source, Path(scratch), data, data.resolution, options.step)
+        except OSError as error:
+            print(
+                f"preprocess: {tempfile.gettempdir()} cannot hold the pictures: {error}; make room, or set TMPDIR to "
+                "another folder",
+                file=sys.stderr,
+            )
+            return 1
+        return _told(report, data)
     if options.out is None:
         raise cli.CommandError("--out is missing: give the folder that the dataset is made in, or --dry-run")
     if here.first:

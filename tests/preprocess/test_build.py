@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small import file_size_limit
 
 from preprocess import Item, PreprocessError, buckets, build
+from preprocess.__main__ import main
 from preprocess.captions import captioned
 from preprocess.stages import STAGES
 from preprocess.trigger import triggered
@@ -277,3 +280,12 @@ def test_stopped_it_says_so_and_leaves_no_temporary_folder(how: signal.Signals, 
     assert "Traceback" not in said
     assert not list(scratch.iterdir())
     assert not (out / "dataset.jsonl").exists()
+
+
+def test_a_dry_run_without_room_says_where_it_needs_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path)
+    with file_size_limit(40):
+        status = main([str(source), "--dry-run", "--workers", "0"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (status, said.startswith(f"preprocess: {tempfile.gettempdir()} cannot hold the pictures: ")) == (1, True)
+    assert said.endswith("make room, or set TMPDIR to another folder")

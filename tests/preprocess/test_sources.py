@@ -169,6 +169,8 @@ def test_shards_are_named_by_a_range(tmp_path: Path) -> None:
 def test_a_name_with_a_bar_that_exists_is_one_source(tmp_path: Path) -> None:
     (tmp_path / "a|b").mkdir()
     assert named(str(tmp_path / "a|b"), LIMITS) == [str(tmp_path / "a|b")]
+    (tmp_path / "c{1..2}").mkdir()
+    assert named(f"{tmp_path}/c{{1..2}}|d{{1..2}}", LIMITS) == [f"{tmp_path}/c{{1..2}}", "d1", "d2"]
 
 
 def test_keys_in_urls_are_not_shown() -> None:
