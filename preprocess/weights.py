@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from preprocess.captioners import model
 from preprocess.captioners.model import Place
 from preprocess.types import PreprocessError
 from trainer.registry import nearest
@@ -57,27 +57,14 @@ def load(option: str, place: Place, what: str, kind: Callable[..., Any], **setti
 
 
 @contextmanager
-def on_device(option: str, model: Any, wanted: str) -> Generator[Any]:
-    """The model on the device that `option` wants, for reading only; its memory is given back afterwards.
+def on_device(option: str, network: Any, wanted: str) -> Generator[Any]:
+    """The network on the device that `option` wants, for reading only; its memory is given back afterwards.
 
     Raises:
         PreprocessError: this machine has no such device.
     """
-    import torch
-
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(name for name, there in have.items() if there) if wanted == "auto" else wanted
-    if not have[device]:
-        raise PreprocessError(f"{option}.device is {wanted}, which this machine does not have; use auto or cpu")
-    model.eval().requires_grad_(False).to(device)
-    try:
-        with torch.inference_mode():
-            yield model
-    finally:
-        model.to("meta")  # whoever still names the model holds no memory with it
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    with model.on_device(network, model.device_of(wanted, option)) as placed:
+        yield placed
 
 
 def known_labels(option: str, model: Any, wanted: tuple[str, ...]) -> list[int]:
