@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,7 +13,6 @@ from PIL import Image
 from testbed.concepts import TRIGGER
 from testbed.score import Scorer, Scores
 from trainer import generate, sampler
-from trainer.models.sd15 import SD15
 from trainer.rundir import RunDir
 
 STEPS, GUIDANCE = 25, 3.0
@@ -35,7 +35,8 @@ def score_run(
     weights = generate.located(generate.find(root))
     device = generate.device("cpu")
     learned = generate.Painter(weights, device).family
-    base = SD15.load(weights.model, device)
+    kind: Any = type(learned)
+    base = kind.load(weights.model, device)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], adapted: bool) -> list[Image.Image]:
         family = learned if adapted else base

@@ -88,6 +88,13 @@ def test_the_second_tower_learns_what_sdxl_reads_of_it() -> None:
     layers = {n: p.grad for n, p in task.encoder.named_parameters() if "fc1.weight" in n or "text_projection" in n}
     assert len(layers) == 4
     assert all(grad is not None and grad.abs().sum() > 0 for grad in layers.values())
+    for parameter in [*task.pooled_heads.parameters(), *task.heads.parameters()]:
+        parameter.data.mul_(float(parameter.shape[-1] == task.heads[0].weight.shape[1]))  # states are read, pooled not
+    task.zero_grad()
+    task(ids, target, torch.Generator().manual_seed(0))[0].backward()
+    inner, last = (task.encoder.text_model.encoder.layers[i].mlp.fc1.weight.grad for i in (1, 2))
+    assert inner.abs().sum() > 0
+    assert last.abs().sum() == 0
 
 
 def test_a_cut_says_where_it_is_from() -> None:
