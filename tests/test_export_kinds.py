@@ -18,6 +18,7 @@ from trainer import generate, layouts, registry, sampler
 from trainer.adapters import ADAPTERS
 from trainer.adapters.layered import Layers
 from trainer.args import AdapterArgs, ModelArgs, TrainArgs
+from trainer.models import FAMILIES
 from trainer.models.sd15 import SD15
 from trainer.run import RunError, _begin  # pyright: ignore[reportPrivateUsage]
 
@@ -243,6 +244,24 @@ def test_merging_is_the_formula_and_changes_fingerprints(tiny_base: Path, tmp_pa
     assert merged.fingerprint("denoiser") != plain.fingerprint("denoiser")
     assert merged.fingerprint("text_encoder") != plain.fingerprint("text_encoder")
     assert merged.fingerprint("vae") == plain.fingerprint("vae")
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_sdxls_names_are_read_back(tiny_sdxl: Path, tmp_path: Path, kind: str) -> None:
+    args = arguments(tiny_sdxl, kind)
+    family = registry.load(FAMILIES, "sdxl", "model.family").load(args.model, CPU)
+    parts = trained(family, args)
+    exporting.export(tmp_path, "run", family, parts, args)
+    live = {key: change for part in parts for key, change in part.differences().items()}
+    fresh = registry.load(FAMILIES, "sdxl", "model.family").load(args.model, CPU)
+    updates = layouts.read(tmp_path / "run.safetensors", fresh)
+    assert {component for component, _ in updates} == {"denoiser", "text_encoder", "text_encoder_2"}
+    assert updates.keys() == live.keys()
+    before = {key: m.weight.detach().clone() for key, m in layers_of(fresh).items() if hasattr(m, "weight")}
+    layouts.Merged(fresh, updates).set(1.0)
+    for key, layer in layers_of(fresh).items():
+        if key in live:
+            torch.testing.assert_close(layer.weight - before[key], live[key].weight, rtol=1e-3, atol=1e-5)
 
 
 def test_the_note_and_facts_tell_the_kind(tiny_base: Path, tmp_path: Path) -> None:
