@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from trainer import checkpoint, predict_door
 from trainer.__main__ import main
 from trainer.args import TrainArgs
+from trainer.ranks import RanksError
 from trainer.rundir import RunDir, read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -288,16 +289,22 @@ def test_ctrl_c_before_the_first_update(door: list[str], tmp_path: Path, monkeyp
     assert not (tmp_path / "runs" / "run").exists()
 
 
-def test_ctrl_c_after_pictures_were_prepared_keeps_them(
-    door: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("status", "error"), [(130, KeyboardInterrupt()), (1, RanksError("rank 1 is lost"))])
+def test_what_was_prepared_is_kept_when_the_user_or_a_lost_process_ends_the_run(
+    status: int,
+    error: BaseException,
+    door: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def impatient(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        raise error
 
     run_dir = RunDir(tmp_path / "runs" / "run")
     with monkeypatch.context() as patched:
         patched.setattr("trainer.cache.cache_latents", impatient)
-        assert main(door) == 130
+        assert main(door) == status
     assert f"go on with --resume {run_dir.root}" in capsys.readouterr().err
     prepared = {path: path.stat().st_mtime_ns for path in (run_dir.cache / "pictures").iterdir()}
     assert prepared

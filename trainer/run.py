@@ -54,7 +54,7 @@ from trainer.loop import Run, train
 from trainer.models import FAMILIES, sniff
 from trainer.objectives import OBJECTIVES
 from trainer.optim import moved
-from trainer.ranks import Ranks
+from trainer.ranks import Ranks, RanksError
 from trainer.rundir import RunDir, atomic_write
 from trainer.seed import derive
 from trainer.types import Adapter, Cond, HasScales, ModelFamily, Predict, Step
@@ -120,7 +120,7 @@ def opened(args: TrainArgs, *, code: bool = True, here: Ranks | None = None) -> 
 
     Raises:
         RunDirError, RunError, BaseModelError, PreprocessError, PartError: bad input; nothing is left behind.
-        KeyboardInterrupt: pictures that are prepared by then stay, for `resumed`.
+        KeyboardInterrupt, RanksError: pictures that are prepared by then stay, for `resumed`.
     """
     args = _located(args)
     root = Path(args.runtime.out) / args.runtime.name
@@ -139,7 +139,7 @@ def opened(args: TrainArgs, *, code: bool = True, here: Ranks | None = None) -> 
                     yield session
         except BaseException as error:
             if engine.here.first and not run_dir.env.exists():  # nothing was trained
-                if isinstance(error, KeyboardInterrupt) and run_dir.cache.exists():  # it may have taken hours
+                if isinstance(error, KeyboardInterrupt | RanksError) and run_dir.cache.exists():  # hours of work
                     log.warning("what was prepared is kept; go on with --resume %s", root)
                 else:
                     shutil.rmtree(root, ignore_errors=True)  # the name is free again
