@@ -163,13 +163,16 @@ def test_the_tables_of_the_captions_page_are_those_of_the_results() -> None:
     assert seeds == [[0, 1, 2], [0, 1, 2]]  # a difference is of the same seeds
 
 
-def test_the_hook_of_the_hooks_page_fades_a_rate(tmp_path: Path, tiny_base: Path, tiny_pictures: Path) -> None:
+def test_the_examples_of_the_hooks_page_do_what_they_say(tmp_path: Path, tiny_base: Path, tiny_pictures: Path) -> None:
     text = page("docs/hooks.md")
-    match = re.search(r"```python\n# (?P<file>\w+\.py)\n(?P<code>.*?)```", text, re.DOTALL)
+    match = re.search(r"```python\n# (?P<file>fade\.py)\n(?P<code>.*?)```", text, re.DOTALL)
+    middle = re.search(r"```python\n# (?P<file>middle\.py)\n(?P<code>.*?)```", text, re.DOTALL)
     written = re.search(r"```json\n(.*?)```", text, re.DOTALL)
     assert match
+    assert middle
     assert written
-    (tmp_path / match["file"]).write_text(match["code"], encoding="utf-8")
+    for example in (match, middle):
+        (tmp_path / example["file"]).write_text(example["code"], encoding="utf-8")
     (use,) = json.loads(written[1])["hooks"]["extra"]
     use = {"use": f"{tmp_path}/{use['use']}", "options": {**use["options"], "every": 1}}
     args = TrainArgs.model_validate(
@@ -177,12 +180,14 @@ def test_the_hook_of_the_hooks_page_fades_a_rate(tmp_path: Path, tiny_base: Path
             "data": {"source": str(tiny_pictures), "resolution": 32},
             "model": {"base": str(tiny_base)},
             "sample": {"steps": 1},
-            "hooks": {"tensorboard": False, "extra": [use]},
+            "hooks": {"tensorboard": False, "extra": [use, f"{tmp_path}/middle.py:Middle"]},
             "runtime": {"out": str(tmp_path), "steps": 2, "batch_size": 2, "device": "cpu"},
         }
     )
     with opened(args) as session:
-        assert [step.lr["adapter"] for step in session.steps()] == [1e-3, 5e-4]
+        steps = list(session.steps())
+    assert [step.lr["adapter"] for step in steps] == [1e-3, 5e-4]
+    assert steps[1].extra["middle_passes"] == steps[0].extra["middle_passes"] + 1 > 1
 
 
 def test_the_hooks_page_has_every_event() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
@@ -1053,6 +1053,117 @@ class SampleArgs(Section):
     strengths: tuple[float, ...] = Field((0.5, 1.0), description="adapter strengths of the last rows of the grid")
 
 
+class SwitchedArgs(Section):
+    """A hook's options, of which some turn it on by being other than their default; without, the rest do nothing."""
+
+    switches: ClassVar[tuple[str, ...]]
+
+    @property
+    def on(self) -> bool:
+        return any(name in self._given() for name in self.switches)
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        idle = [name for name in self._given() if name not in self.switches]
+        if idle and not self.on:
+            raise ValueError(f"{', '.join(idle)} does nothing unless {' or '.join(self.switches)} is set")
+        return self
+
+    def _given(self) -> list[str]:
+        """The options that are not what they are by default."""
+        fields = type(self).model_fields
+        return [name for name, value in self if value != fields[name].default]
+
+
+class EmaArgs(SwitchedArgs):
+    """A moving average of what is trained."""
+
+    switches = ("decay",)
+    decay: float | None = Field(
+        None, gt=0.0, lt=1.0, description="share of the average kept at each update, 0.999 is usual [default: off]"
+    )
+    warmup: int = Field(
+        10,
+        ge=0,
+        description="w: update n keeps at most (1 + n) / (w + n), so the start is soon forgotten; 0 is off",
+    )
+    samples: bool = Field(True, description="draw samples with the average")
+    export: bool = Field(True, description="export the average")
+
+    @model_validator(mode="after")
+    def _for_something(self) -> EmaArgs:
+        if self.decay is not None and not (self.samples or self.export):
+            raise ValueError("an average that neither samples nor export use does nothing; leave decay out")
+        return self
+
+
+class GradStatsArgs(SwitchedArgs):
+    """Figures of the gradients."""
+
+    switches = ("every",)
+    every: int = Field(0, ge=0, description="updates between norms of the gradients by block; 0 is off")
+    dead_after: int = Field(
+        20, ge=2, description="updates in a row with no gradient at all after which a parameter is named in the log"
+    )
+
+
+class ActivationsArgs(SwitchedArgs):
+    """Figures of what layers put out."""
+
+    switches = ("layers",)
+    layers: tuple[str, ...] = Field(
+        (), description="names of layers, with * for any text: denoiser.mid_block, text_encoder.*.fc1 [default: off]"
+    )
+    every: int = Field(10, ge=1, description="updates between figures")
+
+
+class NoiseJitterArgs(SwitchedArgs):
+    """Noise that is weaker or stronger than its timestep says."""
+
+    switches = ("strength",)
+    strength: float = Field(
+        0.0, ge=0.0, lt=1.0, description="each picture's noise is multiplied by 1 - strength to 1 + strength; 0 is off"
+    )
+
+
+class TeacherArgs(SwitchedArgs):
+    """A second frozen base, whose predictions are learned beside the pictures."""
+
+    switches = ("base",)
+    base: str | None = Field(
+        None,
+        description="folder, hub id or single file, of model.base's family and noise path [default: off]",
+    )
+    revision: str | None = Field(None, description="commit or tag of a hub id")
+    config: str | None = Field(None, description="as model.config, for a single file")
+    weight: float = Field(1.0, gt=0.0, le=100.0, description="of the teacher's term in the loss")
+
+
+class CollapseArgs(SwitchedArgs):
+    """When a run is given up: the last checkpoint, the samples and the export are made as at its end."""
+
+    switches = ("loss", "samples")
+    loss: float | None = Field(
+        None,
+        gt=1.0,
+        description="the median raw loss of `window` steps is so many times the lowest there was [default: off]",
+    )
+    window: int = Field(50, ge=2, description="steps")
+    samples: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="samples have less than this share of the contrast, or of the difference between prompts, that "
+        "they had before training [default: off]",
+    )
+
+    @model_validator(mode="after")
+    def _window_used(self) -> CollapseArgs:
+        if self.loss is None and "window" in self._given():
+            raise ValueError("window does nothing unless loss is set")
+        return self
+
+
 class HookUse(Section):
     """A hook with options of its own."""
 
@@ -1062,6 +1173,12 @@ class HookUse(Section):
 
 class HooksArgs(Section):
     tensorboard: bool = Field(True, description="write TensorBoard event files to RUN/tensorboard")
+    ema: EmaArgs = Field(default_factory=lambda: EmaArgs.model_validate({}))
+    grad_stats: GradStatsArgs = Field(default_factory=lambda: GradStatsArgs.model_validate({}))
+    activations: ActivationsArgs = Field(default_factory=lambda: ActivationsArgs.model_validate({}))
+    noise_jitter: NoiseJitterArgs = Field(default_factory=lambda: NoiseJitterArgs.model_validate({}))
+    teacher: TeacherArgs = Field(default_factory=lambda: TeacherArgs.model_validate({}))
+    collapse: CollapseArgs = Field(default_factory=lambda: CollapseArgs.model_validate({}))
     extra: tuple[str | HookUse, ...] = Field(
         (),
         description="more hooks: table names, module:attr or file.py:attr; with options as "

@@ -58,6 +58,9 @@ def _summary(run: RunDir, args: dict[str, Any]) -> str:
         "Pictures": len(list(read_jsonl(run.dataset))) if run.dataset.is_file() else "unknown",
         "Time in updates": f"{sum(step['seconds'] for step in steps):.0f} s",
     }
+    if run.stopped.is_file():
+        found: dict[str, Any] = json.loads(run.stopped.read_text(encoding="utf-8"))
+        rows["Stopped"] = f"after step {found['step']} by {found['by']}: {found['reason']}"
     body = "".join(f"<tr><th>{key}</th><td>{html.escape(str(value))}</td></tr>" for key, value in rows.items())
     return f"<table>{body}</table>"
 

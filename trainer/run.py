@@ -39,6 +39,7 @@ from trainer.args import (
     AdapterArgs,
     CaptionModelArgs,
     DataArgs,
+    HooksArgs,
     ModelArgs,
     RegularisationArgs,
     TrainArgs,
@@ -215,6 +216,7 @@ def _located(args: TrainArgs) -> TrainArgs:
                     **_models_nearby(args.data),
                 }
             ),
+            "hooks": _teacher_nearby(args.hooks),
             "model": _found(args.model),
             "adapter": args.adapter.model_copy(
                 update={"start": args.adapter.start and environment.located(args.adapter.start)}
@@ -228,6 +230,12 @@ def _found(model: ModelArgs) -> ModelArgs:
     merge = {environment.located(file): strength for file, strength in model.merge.items()}
     given = {"base": environment.located(model.base), "config": config, "merge": merge}
     return sniff.named(model.model_copy(update=given))
+
+
+def _teacher_nearby(hooks: HooksArgs) -> HooksArgs:
+    given = hooks.teacher.model_dump(include={"base", "config"}, exclude_none=True)
+    paths = {name: environment.located(path) for name, path in given.items()}
+    return hooks.model_copy(update={"teacher": hooks.teacher.model_copy(update=paths)})
 
 
 def _kept(args: TrainArgs) -> TrainArgs:

@@ -92,6 +92,11 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def stopped(self) -> Path:
+        """Only of a run that a hook ended before its last step: `step`, `of`, `by`, `reason`."""
+        return self.root / "stopped.json"
+
+    @property
     def log(self) -> Path:
         return self.root / "log.txt"
 

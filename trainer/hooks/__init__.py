@@ -28,6 +28,12 @@ HOOKS: dict[str, str] = {
     "checkpoints": "trainer.hooks.checkpoints:Checkpoints",
     "samples": "trainer.hooks.samples:Samples",
     "progress": "trainer.hooks.progress:Progress",
+    "ema": "trainer.hooks.ema:EMA",
+    "grad_stats": "trainer.hooks.grad_stats:GradStats",
+    "activations": "trainer.hooks.activations:Activations",
+    "noise_jitter": "trainer.hooks.noise_jitter:NoiseJitter",
+    "teacher": "trainer.hooks.teacher:Teacher",
+    "collapse": "trainer.hooks.collapse:Collapse",
 }
 
 Purpose = Literal["samples", "export"]

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainer import registry
-from trainer.args import HooksArgs, HookUse, Section
+from trainer.args import HooksArgs, HookUse, Section, SwitchedArgs
 from trainer.hooks import HOOKS, Context, Hook
 
 STANDARD = ("qk_gradients", "metrics", "checkpoints", "samples", "progress")
@@ -33,15 +33,19 @@ def chosen(args: HooksArgs, *, code: bool = True) -> tuple[Chosen, ...]:
     """
     names = [*STANDARD, *(["tensorboard"] if args.tensorboard else [])]
     found = {name: Chosen(name, _kind(name), None) for name in names}
+    for name, section in args:  # in the order of their fields
+        if isinstance(section, SwitchedArgs) and section.on:
+            found[name] = Chosen(name, _kind(name), section)
     for given in args.extra:
         use = HookUse(use=given) if isinstance(given, str) else given
         name = re.sub(r"\W+", "_", use.use.rpartition(":")[2])
         if use.use in names and not use.options:
             continue
+        kind = _kind(use.use, code=code)
+        options = options_of(use.use, kind, use.options)
         if name in found:
             raise registry.PartError(f"hooks.extra {use.use!r}: there is a hook {name!r} in this run already")
-        kind = _kind(use.use, code=code)
-        found[name] = Chosen(name, kind, options_of(use.use, kind, use.options))
+        found[name] = Chosen(name, kind, options)
     return tuple(found.values())
 
 
@@ -61,7 +65,11 @@ def options_of(spec: str, kind: type[Hook], given: Mapping[str, Any]) -> Section
             raise registry.PartError(f"hooks.extra {spec!r} takes no options, and was given {', '.join(given)}")
         return None
     try:
-        return kind.Options.model_validate(given)
+        options = kind.Options.model_validate(given)
+        if isinstance(options, SwitchedArgs) and not options.on:
+            needed = " or ".join(options.switches)
+            raise registry.PartError(f"hooks.extra {spec!r} does nothing unless its option {needed} is set")
+        return options
     except ValidationError as error:
         allowed = kind.Options.model_fields
         said = "; ".join(_sentence(e, allowed) for e in error.errors(include_url=False))
