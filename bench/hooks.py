@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ for _name in [name for name in vars(Hook) if name.startswith("on_")]:
     setattr(Everything, _name, _ignore)
 
 
-def measured(run: Run, hooks: dict[str, Sequence[Any]]) -> dict[str, dict[str, float]]:
+def measured(run: Run, hooks: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, float]]:
     """Figures of each set of hooks, by its name. Each round sees the same updates of the same run."""
     seconds: dict[str, list[float]] = {name: [] for name in hooks}
     for turn in range(ROUNDS + 1):
