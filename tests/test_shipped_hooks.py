@@ -34,7 +34,7 @@ from trainer.hooks.activations import Activations
 from trainer.hooks.collapse import Collapse, look
 from trainer.hooks.ema import EMA
 from trainer.hooks.grad_stats import GradStats, block_of
-from trainer.hooks.layers import LayerHook, PatternError, matching
+from trainer.hooks.layer import LayerHook, PatternError, matching
 from trainer.hooks.noise_jitter import NoiseJitter
 from trainer.hooks.teacher import Teacher
 from trainer.loop import Run, train
@@ -492,7 +492,8 @@ def test_a_run_that_a_hook_ends_exports_its_average_and_says_so(
     ups = sorted(t.double().norm().item() for name, t in average.items() if "lora_B" in name)
     shipped = sorted(t.double().norm().item() for name, t in exported.items() if "lora_up" in name)
     assert shipped == pytest.approx(ups, rel=1e-3)
-    longer = {**tree, "hooks": {**tree["hooks"], "collapse": {}}}
-    with run.resumed(where.root, cli.validate(longer)) as session:
+    more = session.args.hooks.model_copy(update={"collapse": CollapseArgs.model_validate({})})
+    with run.resumed(where.root, session.args.model_copy(update={"hooks": more})) as session:
+        assert session.start == last.step
         assert [step.step for step in session.steps()][-1] == 9
     assert not where.stopped.exists()

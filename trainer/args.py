@@ -1148,7 +1148,7 @@ class CollapseArgs(SwitchedArgs):
         gt=1.0,
         description="the median raw loss of `window` steps is so many times the lowest there was [default: off]",
     )
-    window: int = Field(50, ge=2, description="steps")
+    window: int = Field(50, ge=2, description="steps whose median raw loss is compared")
     samples: float | None = Field(
         None,
         gt=0.0,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer.args import ActivationsArgs
 from trainer.events import Gradients
 from trainer.hooks import Context
-from trainer.hooks.layers import LayerHook
+from trainer.hooks.layer import LayerHook
 from trainer.loop import Run
 
 
