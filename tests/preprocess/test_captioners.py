@@ -720,7 +720,10 @@ def test_a_run_on_uncaptioned_pictures(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_a_captioner_is_looked_for_before_anything_is_loaded(tmp_path: Path) -> None:
-    base = {"model": {"base": str(tmp_path / "none")}, "runtime": {"out": str(tmp_path), "device": "cpu"}}
+    base = {
+        "model": {"base": str(tmp_path / "none"), "family": "sd15"},
+        "runtime": {"out": str(tmp_path), "device": "cpu"},
+    }
     for captioner, message in (("my.captions:Mine", "would import code"), ("clop", "did you mean clip")):
         args = TrainArgs.model_validate({"data": {"source": "x", "captioner": captioner}, **base})
         with pytest.raises(ValueError, match=message), run.opened(args, code=False):

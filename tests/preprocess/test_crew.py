@@ -73,7 +73,8 @@ def test_values_and_words_come_in_order(workers: int, caplog: pytest.LogCaptureF
     assert [value for value, _ in values] == [number * number for number in range(100)]
     pids = {pid for _, pid in values}
     assert pids == {os.getpid()} if workers == 0 else len(pids - {os.getpid()}) == workers
-    assert caplog.messages == [f"five divides {number}" for number in range(0, 100, 5)]
+    said = [line for line in caplog.messages if "/s" not in line]  # how far it is, where that takes long
+    assert said == [f"five divides {number}" for number in range(0, 100, 5)]
     assert not any(alive(pid) for pid in pids - {os.getpid()})
 
 
