@@ -17,6 +17,7 @@ from trainer.models import spelling
 from trainer.models.sd2 import SD2
 from trainer.models.sd15 import SD15
 from trainer.models.sdxl import KOHYA, SDXL
+from trainer.models.weights import Weights
 
 CPU = torch.device("cpu")
 FULL_SIZE: dict[str, Any] = {  # the published config of the SDXL base
@@ -138,3 +139,22 @@ def test_what_files_say_of_their_base(tiny_base: Path, tiny_sd2: Path, tiny_sdxl
     v = {"ss_v2": "True", "ss_v_parameterization": "True"}
     assert said(SD2, tiny_sd2) == ("sd_v2_v", "stable-diffusion-v2-768-v", v)
     assert said(SD2, tiny_sd2, prediction="epsilon") == ("sd_v2", "stable-diffusion-v2-512", {"ss_v2": "True"})
+
+
+def test_the_upsampler_of_a_block_without_attention_comes_second(tiny_sd2: Path) -> None:
+    """As in the single files of SD1.5 and 2: output_blocks.2.1.conv there."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd2, subfolder="unet")
+    path = "up_blocks.0.upsamplers.0.conv"
+    assert isinstance(unet.get_submodule(path), nn.Conv2d)
+    assert spelling.ldm_paths(unet.config)(path) == "output_blocks.1.1.conv"
+
+
+def test_a_digest_is_of_the_config_too(tiny_sd2: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd2, subfolder="unet")
+
+    def digest(**config: object) -> str:
+        weights = Weights()
+        weights.remember("denoiser", unet, {**unet.config, **config})
+        return weights.digest("denoiser")
+
+    assert digest() == digest(_name_or_path="elsewhere") != digest(sample_size=8)
