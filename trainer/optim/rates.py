@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch.optim import Optimizer
 
@@ -109,7 +109,7 @@ def _curve(args: CurveArgs, where: str, component: str, steps: float, pivot: flo
         made: Any = registry.load({}, args.curve, f"{where}.curve")(round(steps))
         if not callable(made):
             raise registry.PartError(f"{where}.curve {args.curve!r} gave a {type(made).__name__}, nothing to call")
-        return made
+        return cast(Curve, made)
     warmup = args.warmup / steps if args.warmup >= 1 else args.warmup
     if warmup > 0.9:
         raise ValueError(
