@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +29,8 @@ from trainer.args import (
     TeacherArgs,
 )
 from trainer.checkpoint import load, save
-from trainer.events import AfterUpdate, Attached, Gradients, ModelLoaded, NoiseDrawn, RowDrawn
-from trainer.hooks import Context, Hook, compose
+from trainer.events import AfterUpdate, Attached, CheckpointSaved, Gradients, ModelLoaded, NoiseDrawn, RowDrawn
+from trainer.hooks import Context, Hook, Purpose, compose
 from trainer.hooks.activations import Activations
 from trainer.hooks.collapse import Collapse, look
 from trainer.hooks.ema import EMA
@@ -457,6 +458,26 @@ def test_hooks_with_options_are_read_from_the_command_line() -> None:
 # --- in a run
 
 
+class Seen(Hook):
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.rows: list[str] = []
+        self.checkpoints: list[tuple[int, Path]] = []
+        self.presented_for: list[str] = []
+
+    def on_row(self, run: Run, event: RowDrawn) -> None:
+        self.rows.append(event.row)
+        assert all(file.is_file() for file in (*event.files, *event.before))
+
+    def on_checkpoint(self, run: Run, event: CheckpointSaved) -> None:
+        self.checkpoints.append((event.step, event.path))
+        assert (event.path / "state.json").is_file()
+
+    def presented(self, run: Run, purpose: Purpose) -> AbstractContextManager[None]:
+        self.presented_for.append(purpose)
+        return nullcontext()
+
+
 def test_a_run_that_a_hook_ends_exports_its_average_and_says_so(
     tiny_base: Path, tiny_pictures: Path, tmp_path: Path
 ) -> None:
@@ -464,7 +485,7 @@ def test_a_run_that_a_hook_ends_exports_its_average_and_says_so(
         "data": {"source": str(tiny_pictures)},
         "model": {"base": str(tiny_base)},
         "adapter": {"rank": 2},
-        "sample": {"prompts": ["a star"], "steps": 1, "strengths": [1.0]},
+        "sample": {"prompts": ["a star"], "steps": 1, "strengths": [1.0], "every": 2},
         "hooks": {
             "tensorboard": False,
             "ema": {"decay": 0.9, "warmup": 0},
@@ -477,10 +498,17 @@ def test_a_run_that_a_hook_ends_exports_its_average_and_says_so(
         "runtime": {"out": str(tmp_path), "steps": 9, "batch_size": 2, "device": "cpu"},
         "optim": {"adapter": {"lr": 0.5}},
     }
+    seen = Seen(context())
     with run.opened(cli.validate(tree)) as session:
+        session.run.hooks = [*session.run.hooks, seen]
         steps = list(session.steps())
     where, last = session.dir, steps[-1]
-    assert 2 <= last.step < 9
+    assert 2 <= last.step < 4
+    assert seen.rows == ["before", "step_000002", "after_1"]
+    assert seen.presented_for == ["samples", "samples", "export"], "not for the row before training"
+    assert seen.checkpoints == [(last.step, where.checkpoint(last.step))]
+    (after,) = (where.samples / "after_1").iterdir()
+    drawn_first = after.read_bytes()
     assert {"teacher", "raw"} <= last.terms.keys()
     assert {"activation_std/denoiser.mid_block", "grad/adapter/mid_block", "grad/dead"} <= last.extra.keys()
     assert where.newest_checkpoint() == (last.step, where.checkpoint(last.step))
@@ -497,3 +525,4 @@ def test_a_run_that_a_hook_ends_exports_its_average_and_says_so(
         assert session.start == last.step
         assert [step.step for step in session.steps()][-1] == 9
     assert not where.stopped.exists()
+    assert after.read_bytes() != drawn_first, "the row after training is of the whole run"
