@@ -52,6 +52,7 @@ def test_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     assert args.optim.adapter.betas == (0.8, 0.9)
     assert args.adapter.rank == 8, "the environment is not read"
     assert parsed("object", "x", "--sample.prompts", '["a, b", "c"]').sample.prompts == ("a, b", "c")
+    assert parsed("object", "x", "--sample.prompts", "{trigger}").sample.prompts == ("{trigger}",)
 
 
 @pytest.mark.parametrize(

@@ -286,5 +286,14 @@ def _default_text(option: str, field: FieldInfo) -> str:
 
 def _one_text(word: str) -> str:
     """A repeated flag gives one text each time, commas and all; a JSON list gives several, a JSON object one."""
-    start = word.lstrip()[:1]
-    return word if start == "[" else f"[{word}]" if start == "{" else json.dumps([word])
+    if word.lstrip().startswith("["):
+        return word
+    return f"[{word}]" if _is_object(word) else json.dumps([word])
+
+
+def _is_object(word: str) -> bool:
+    """{"use": ...} is one; {trigger} is a text."""
+    try:
+        return isinstance(json.loads(word), dict)
+    except json.JSONDecodeError:
+        return False

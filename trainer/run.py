@@ -123,6 +123,7 @@ def opened(args: TrainArgs, *, code: bool = True, here: Ranks | None = None) -> 
         RunDirError, RunError, BaseModelError, PreprocessError, PartError: bad input; nothing is left behind.
         KeyboardInterrupt, RanksError: pictures that are prepared by then stay, for `resumed`.
     """
+    _check_names(args, code=code)
     args = _located(args)
     root = Path(args.runtime.out) / args.runtime.name
     if root.exists():
@@ -170,6 +171,7 @@ def resumed(
     here = here or Ranks()
     _check_same(saved, _kept(args), root)
     _check_processes(run_dir, here.processes)
+    _check_names(args, code=code)
     parts = _parts(args, code=code)
     with _ready(args, parts, here) as (family, engine), _logged(run_dir, here):
         session = _session(args, run_dir, family, engine, parts)
@@ -286,14 +288,18 @@ class _Parts:
     hooks: tuple[compose.Chosen, ...]
 
 
-def _parts(args: TrainArgs, *, code: bool) -> _Parts:
-    adapter = args.adapter.kind
+def _check_names(args: TrainArgs, *, code: bool) -> None:
+    """Refuses what names no part of preprocessing and no optimizer, in milliseconds, before the base is looked at."""
     registry.load(CAPTIONERS, args.data.captioner, "data.captioner", code=code)  # the stage makes it anew
     for name in args.data.mask.sources if args.data.masks else ():
         maskers.kind(name, code=code)
     upscalers.kind(args.data.upscale.by, code=code)
     optim.check(args.optim, code=code)
     stages.chain(args.data.stages, code=code)
+
+
+def _parts(args: TrainArgs, *, code: bool) -> _Parts:
+    adapter = args.adapter.kind
     return _Parts(
         family=registry.load(FAMILIES, args.model.family, "model.family", code=code),
         adapter=None if adapter == "none" else registry.load(ADAPTERS, adapter, "adapter.kind", code=code),
