@@ -83,8 +83,11 @@ def test_by_hand(
 ) -> None:
     words = ["object", str(tiny_pictures), "--dry-run", f"--model.base={tiny_base}", f"--runtime.out={tmp_path / 'r'}"]
     words += ["--data.resolution=32", "--runtime.device=cpu", "--text.tokens=0"]
+    words += ["--optim.rules", '[{"match": "mid_block", "lr_scale": 0.5}]']
     assert main(words) == 0
-    assert "steps of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "steps of" in said
+    assert re.search(r"rule mid_block: rate times 0\.5: \d+ tensors: mid_block\.\S+, mid_block\.", said)
     (tiny_pictures / "bad.png").write_bytes(b"junk")
     assert main(words) == 1
     assert "problem: bad.png is left out" in capsys.readouterr().out

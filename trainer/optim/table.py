@@ -91,6 +91,7 @@ REFUSED: dict[str, str] = {
     "demo": "it exchanges gradients between processes by itself",
     "ftrl": "it moves parameters that have no gradient, and away from what they were",
     "lorarite": "it must know which A goes with which B",
+    "sara": "it trains the numbers that are nearly 0 at the start alone, of some tensors none",
     "magma": "its implementation cannot take parameters by name",
 }
 MATRICES = ("muon", "spectralsphere")  # train tensors of two dimensions only
