@@ -215,11 +215,12 @@ def test_the_dataset_is_the_same_with_any_number_of_workers(
 
 
 BUILD = """
-import sys
+import signal, sys
 from pathlib import Path
 from preprocess import build, crew
 from trainer.args import DataArgs
 crew.PATIENCE_S = crew.START_S = 0.0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 build(sys.argv[1], Path(sys.argv[2]), DataArgs(source="", workers=int(sys.argv[3])), 64, 16)
 """
 
