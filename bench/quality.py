@@ -1,39 +1,37 @@
 """How well held-out concepts are learned on the shipped base: python -m bench.quality.
 
-Trains every method with every seed, scores each run from its exported files, and writes
-bench/results/quality.json with every single figure, the means and the spread.
+Trains every method of the chosen tables (bench/methods.py) with every seed, scores each run from its exported files,
+and writes one JSON with every single figure, the means and the spread. A run whose scores are in the work folder is
+not made again, so that a bench that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from bench.methods import TABLES
 from trainer import console
+from trainer.rundir import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench" / "results"
-METHODS: dict[str, list[str]] = {
-    "LoRA alone": ["--text.tokens", "0", "--optim.adapter.curve", "cosine"],
-    "textual inversion alone": ["--adapter.kind", "none", "--optim.rows.curve", "cosine"],
-    "pivotal": [],
-    "pivotal, captions by clip": [
-        *("--data.recaption", "--data.captioner", "clip", "--data.caption_model.base", "testbed/base/clip"),
-        *("--data.mode", "object", "--data.class_words", "shape"),
-    ],
-    "pivotal, prior kept": ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"],
-}
 SHOWN = (
     "fidelity",
     "alignment_colour",
@@ -47,106 +45,175 @@ SHOWN = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description="Quality of the quickstart's methods.")
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description="Quality of methods, in tables.")
     parser.add_argument("--concept", default="mushroom")
     parser.add_argument("--preset", default="presets/quickstart.json")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--tables", nargs="*", choices=list(TABLES), default=["quickstart"])
+    parser.add_argument("--methods", nargs="*", help="only these of the tables")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a thread each")
+    parser.add_argument("--work", type=Path, default=ROOT / "bench" / "work", help="what finished runs scored")
     parser.add_argument("--keep", type=Path, help="folder that gets a copy of every run")
-    parser.add_argument("--out", type=Path, default=OUT / "quality.json")
+    parser.add_argument("--out", type=Path, help="[default: bench/results/quality-CONCEPT.json]")
     args = parser.parse_args()
     console.hush_libraries()
+    known = {method for table in args.tables for method in TABLES[table]}
+    if unknown := sorted(set(args.methods or ()) - known):
+        parser.error(f"no table of {', '.join(args.tables)} has {', '.join(unknown)}; they have {', '.join(known)}")
+    args.work.mkdir(parents=True, exist_ok=True)
+    chosen = {
+        table: {name: options for name, options in TABLES[table].items() if not args.methods or name in args.methods}
+        for table in args.tables
+    }
+    jobs = {
+        _job(args, options, seed)
+        for methods in chosen.values()
+        for options in methods.values()
+        for seed in range(args.seeds)
+    }
+    done = work(sorted(jobs, key=lambda job: job.seed), args.jobs)
     results: dict[str, Any] = {
         "concept": args.concept,
         "preset": args.preset,
         "machine": machine(args.jobs),
-        "methods": {},
+        "before": before(_job(args, [], 0)),
+        "tables": {
+            table: {
+                name: summary(options, [done[_job(args, options, seed)] for seed in range(args.seeds)])
+                for name, options in methods.items()
+            }
+            for table, methods in chosen.items()
+        },
     }
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / f"{args.concept}.zip"
-        _zip(args.concept, pictures)
-        results["before"] = before(args.concept, pictures, Path(folder))
-        todo = [(method, seed) for method in args.methods for seed in range(args.seeds)]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            done = list(pool.map(lambda job: one(*job, args, pictures, Path(folder)), todo))
-        for method in args.methods:
-            results["methods"][method] = summary([d for d, (m, _) in zip(done, todo, strict=True) if m == method])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(table(results))
+    out = args.out or OUT / f"quality-{args.concept}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(out, (json.dumps(results, indent=2) + "\n").encode())
+    for name in chosen:
+        print(f"\n{name}\n\n{table(results, name)}")
     return 0
 
 
-def _zip(concept: str, path: Path) -> None:
-    from testbed.concepts import write_zip
+@dataclass(frozen=True)
+class Job:
+    """One run, which several tables may show."""
 
-    write_zip(path, concept)
+    concept: str
+    preset: str
+    options: tuple[str, ...]
+    seed: int
+    work: Path
+    keep: Path | None
+
+    @property
+    def name(self) -> str:
+        options = hashlib.sha256(json.dumps([self.preset, self.options]).encode()).hexdigest()[:10]
+        return f"{self.concept}-{options}-{self.seed}"
+
+    @property
+    def scores(self) -> Path:
+        return self.work / f"{self.name}.json"
 
 
-def one(method: str, seed: int, args: argparse.Namespace, pictures: Path, folder: Path) -> dict[str, Any]:
+def _job(args: argparse.Namespace, options: Sequence[str], seed: int) -> Job:
+    return Job(args.concept, args.preset, tuple(options), seed, args.work.resolve(), args.keep)
+
+
+def work(jobs: Sequence[Job], at_once: int) -> dict[Job, dict[str, Any]]:
+    """What each run scored; runs whose scores are in the work folder are not made."""
+    done = {job: json.loads(job.scores.read_text(encoding="utf-8")) for job in jobs if job.scores.exists()}
+    todo = [job for job in jobs if job not in done]
+    pool = ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn"))
+    with pool, tqdm(total=len(jobs), initial=len(done), desc="runs", unit="run") as bar:
+        running = {pool.submit(one, job): job for job in todo}
+        try:
+            for future in as_completed(running):
+                done[running[future]] = future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return done
+
+
+def one(job: Job) -> dict[str, Any]:
     """Trains and scores one run in the way a person does."""
-    run = folder / f"{method.lower().replace(', ', '-').replace(' ', '-')}-{args.concept}-{seed}"
-    train = ["train.py", args.preset, str(pictures), "--runtime.out", str(folder), "--runtime.name", run.name]
+    import torch
+
+    from testbed.concepts import write_zip
+    from testbed.runs import score_run
+
+    torch.set_num_threads(1)
+    console.hush_libraries()
+    folder = job.work / "runs"
+    run, pictures = folder / job.name, folder / f"{job.name}.zip"
+    shutil.rmtree(run, ignore_errors=True)  # of a bench that was stopped
+    folder.mkdir(parents=True, exist_ok=True)
+    write_zip(pictures, job.concept)
     began = time.monotonic()
-    _python(*train, "--runtime.seed", str(seed), *METHODS[method])
+    _python(
+        *("train.py", job.preset, str(pictures), "--runtime.out", str(folder), "--runtime.name", job.name),
+        *("--runtime.seed", str(job.seed), *job.options),
+    )
     seconds = time.monotonic() - began
-    _python("-m", "testbed", "score", str(run), "--concept", args.concept)
-    scores: dict[str, float] = json.loads((run / "scores.json").read_text(encoding="utf-8"))
-    print(f"{method} seed {seed}: {seconds:.0f} s, " + ", ".join(f"{k} {scores[k]:.2f}" for k in SHOWN), flush=True)
-    if args.keep:
-        shutil.copytree(run, args.keep / run.name)
-    return {"seed": seed, "train_process_s": round(seconds, 1), **{k: round(v, 4) for k, v in scores.items()}}
+    scores = score_run(run, job.concept).rows()
+    result = {"seed": job.seed, "train_process_s": round(seconds, 1), **{k: round(v, 4) for k, v in scores.items()}}
+    atomic_write(job.scores, json.dumps(result).encode())
+    if job.keep:
+        shutil.copytree(run, job.keep / job.name)
+    shutil.rmtree(run)
+    pictures.unlink()
+    return result
 
 
 def _python(*command: str) -> None:
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def before(concept: str, pictures: Path, folder: Path) -> dict[str, float]:
+def before(job: Job) -> dict[str, float]:
     """What the untrained base scores on the same prompts: the trigger is a word that it does not know."""
     import io
     import zipfile
 
+    import torch
     from PIL import Image
 
-    from testbed.runs import GUIDANCE, STEPS
-    from testbed.score import Scorer
-    from trainer import sampler
+    from testbed.concepts import write_zip
+    from testbed.runs import score_base
     from trainer.args import ModelArgs
-    from trainer.generate import device
-    from trainer.models.sd15 import SD15
 
-    with zipfile.ZipFile(pictures) as archive:
-        names = sorted(n for n in archive.namelist() if n.endswith(".png"))
-        references = [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in names]
-    family = SD15.load(ModelArgs.model_validate({"base": str(ROOT / "testbed" / "base")}), device("cpu"))
-    scores = Scorer(concept, references).score(
-        lambda prompts, seeds, _: sampler.generate(
-            family, list(prompts), seeds=list(seeds), steps=STEPS, guidance=GUIDANCE
-        )
-    )
-    return {k: round(v, 4) for k, v in scores.rows().items()}
+    torch.set_num_threads(1)
+    base = json.loads((ROOT / job.preset).read_text(encoding="utf-8"))["model"]
+    kept = job.work / f"{job.concept}-{hashlib.sha256(json.dumps(base).encode()).hexdigest()[:10]}-before.json"
+    if not kept.exists():
+        pictures = job.work / f"{job.concept}.zip"
+        write_zip(pictures, job.concept)
+        with zipfile.ZipFile(pictures) as archive:
+            names = sorted(n for n in archive.namelist() if n.endswith(".png"))
+            references = [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in names]
+        scores = score_base(ModelArgs.model_validate(base), job.concept, references)
+        atomic_write(kept, json.dumps({k: round(v, 4) for k, v in scores.rows().items()}).encode())
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(options: Sequence[str], runs: list[dict[str, Any]]) -> dict[str, Any]:
     figures = [k for k in runs[0] if k not in ("seed", "n")]
     return {
+        "options": list(options),
         "mean": {k: round(statistics.fmean(r[k] for r in runs), 4) for k in figures},
         "spread": {k: round(max(r[k] for r in runs) - min(r[k] for r in runs), 4) for k in figures},
         "runs": runs,
     }
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], name: str) -> str:
     """Markdown: mean and, in brackets, lowest..highest over the seeds."""
     heads = ["", *[name.replace("_", " ") for name in SHOWN], "minutes"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines.append("| before training | " + " | ".join(f"{results['before'][k]:.2f}" for k in SHOWN) + " | |")
-    for method, result in results["methods"].items():
-        cells = []
+    for method, result in results["tables"][name].items():
+        cells: list[str] = []
         for key in SHOWN:
             values = [r[key] for r in result["runs"]]
             cells.append(f"{result['mean'][key]:.2f} ({min(values):.2f}..{max(values):.2f})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from PIL import Image
 
 from testbed.concepts import TRIGGER
 from testbed.score import Scorer, Scores
-from trainer import generate, sampler
+from trainer import generate, registry, sampler
+from trainer.args import ModelArgs
+from trainer.models import FAMILIES, sniff
 from trainer.rundir import RunDir
+from trainer.types import ModelFamily
 
 STEPS, GUIDANCE = 25, 3.0
 
@@ -35,20 +39,54 @@ def score_run(
     weights = generate.located(generate.find(root))
     device = generate.device("cpu")
     learned = generate.Painter(weights, device).family
-    kind: Any = type(learned)
-    base = kind.load(weights.model, device)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], adapted: bool) -> list[Image.Image]:
-        family = learned if adapted else base
-        pictures: list[Image.Image] = []
-        for i in range(0, len(prompts), sampler.BATCH):
-            chunk, seeded = list(prompts[i : i + sampler.BATCH]), list(seeds[i : i + sampler.BATCH])
-            pictures += sampler.generate(family, chunk, seeds=seeded, steps=STEPS, guidance=GUIDANCE)
-            drawn(len(chunk))
-        return pictures
+        if adapted:
+            return _drawn(learned, prompts, seeds, drawn)
+        pictures = of_base(weights.model.model_dump_json(), tuple(prompts), tuple(seeds))
+        drawn(len(pictures))
+        return list(pictures)
 
     with torch.inference_mode():
         return Scorer(concept, training_pictures(root, trigger), trigger=trigger).score(draw, n, ordinary)
+
+
+def score_base(model: ModelArgs, concept: str, references: Sequence[Image.Image]) -> Scores:
+    """The same of a base that has learned nothing; `references` are what it could have been taught with."""
+    said = model.model_dump_json()
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int], adapted: bool) -> list[Image.Image]:
+        return list(of_base(said, tuple(prompts), tuple(seeds)))
+
+    with torch.inference_mode():
+        return Scorer(concept, references).score(draw)
+
+
+@lru_cache(maxsize=8)
+def of_base(model: str, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> tuple[Image.Image, ...]:
+    """What the base alone draws: the same for all runs on it, so a process that scores several draws it once.
+
+    Args:
+        model: ModelArgs as JSON.
+    """
+    return tuple(_drawn(_base(ModelArgs.model_validate_json(model)), prompts, seeds, lambda _: None))
+
+
+def _base(model: ModelArgs) -> ModelFamily:
+    model = generate.located(generate.Weights(None, {}, model)).model
+    kind: Any = registry.load(FAMILIES, sniff.named(model).family, "model.family")
+    return kind.load(model, generate.device("cpu"))
+
+
+def _drawn(
+    family: ModelFamily, prompts: Sequence[str], seeds: Sequence[int], drawn: Callable[[int], object]
+) -> list[Image.Image]:
+    pictures: list[Image.Image] = []
+    for i in range(0, len(prompts), sampler.BATCH):
+        chunk, seeded = list(prompts[i : i + sampler.BATCH]), list(seeds[i : i + sampler.BATCH])
+        pictures += sampler.generate(family, chunk, seeds=seeded, steps=STEPS, guidance=GUIDANCE)
+        drawn(len(chunk))
+    return pictures
 
 
 def training_pictures(root: Path, trigger: str = TRIGGER) -> list[Image.Image]:

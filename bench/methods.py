@@ -1,0 +1,79 @@
+"""The methods that bench.quality compares: options of train.py on top of the preset, by table and by name.
+
+In a table each method differs from the first, its reference, in what its name says. Adapters are compared without token
+rows, which would draw part of the concept for them; rates are those of the reference unless the name gives another.
+"""
+
+from __future__ import annotations
+
+_ALONE = ["--text.tokens", "0", "--optim.adapter.curve", "cosine"]  # the adapter learns everything
+_PRODIGY = ["--optim.adapter.name", "prodigy", "--optim.adapter.lr", "1"]
+
+
+def _kind(name: str, *more: str) -> list[str]:
+    return [*_ALONE, "--adapter.kind", name, *more]
+
+
+def _rate(lr: str) -> list[str]:
+    return ["--optim.adapter.lr", lr]
+
+
+TABLES: dict[str, dict[str, list[str]]] = {
+    "quickstart": {
+        "pivotal": [],
+        "LoRA alone": _ALONE,
+        "textual inversion alone": ["--adapter.kind", "none", "--optim.rows.curve", "cosine"],
+    },
+    "adapters": {
+        "LoCon (LoRA on attention, ff and conv)": _kind("lora"),
+        "LoRA on attention": _kind("lora", "--adapter.targets", "attention"),
+        "LoRA on attention and ff": _kind("lora", "--adapter.targets", "attention+ff"),
+        "LoCon, rank 32": _kind("lora", "--adapter.rank", "32"),
+        "rsLoRA, rank 32": _kind("lora", "--adapter.rank", "32", "--adapter.rank_stabilised", "true"),
+        "LoRA+ (B 16 times faster)": _kind("lora", "--adapter.lora_plus", "16", *_rate("2e-4")),
+        "DoRA": _kind("dora"),
+        "LoHa": _kind("loha"),
+        "LoHa, rate 4e-3": _kind("loha", *_rate("4e-3")),
+        "LoKr": _kind("lokr"),
+        "LoKr, rate 4e-3": _kind("lokr", *_rate("4e-3")),
+        "full, rate 1e-4": _kind("full", *_rate("1e-4")),
+        "full, rate 3e-4": _kind("full", *_rate("3e-4")),
+    },
+    "rows": {
+        "pivotal, adaptive, 2 tokens": [],
+        "hard pivot": ["--optim.adapter.curve", "hard_pivot", "--optim.rows.curve", "hard_pivot"],
+        "no pivot (both cosine)": ["--optim.adapter.curve", "cosine", "--optim.rows.curve", "cosine"],
+        "textual inversion alone": ["--adapter.kind", "none", "--optim.rows.curve", "cosine"],
+        "1 token": ["--text.tokens", "1"],
+        "4 tokens": ["--text.tokens", "4"],
+        "start from words": ["--text.init", "words", "--text.init_words", "shape"],
+        "start by similarity": ["--text.init", "similarity", "--text.init_words", "shape"],
+    },
+    "optimizers": {
+        "AdamW, alone": _ALONE,
+        "Prodigy, alone": [*_ALONE, *_PRODIGY],
+        "AdamW, pivotal": [],
+        "Prodigy, pivotal": [*_PRODIGY, "--optim.rows.name", "prodigy", "--optim.rows.lr", "1"],
+    },
+    "objectives": {
+        "plain": [],
+        "min-SNR 5": ["--objective.min_snr_gamma", "5"],
+        "masked": ["--data.masks", "true", "--data.mask.sources", "foreground"],
+        "masked, floor 0.1": [
+            *("--data.masks", "true", "--data.mask.sources", "foreground"),
+            *("--objective.mask_floor", "0.1"),
+        ],
+        "masked, prior outside": [
+            *("--data.masks", "true", "--data.mask.sources", "foreground"),
+            *("--objective.mask_prior", "1"),
+        ],
+        "prior kept": ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"],
+    },
+    "captions": {
+        "true captions": [],
+        "captions by clip": [
+            *("--data.recaption", "--data.captioner", "clip", "--data.caption_model.base", "testbed/base/clip"),
+            *("--data.mode", "object", "--data.class_words", "shape"),
+        ],
+    },
+}
