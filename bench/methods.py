@@ -25,7 +25,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "textual inversion alone": ["--adapter.kind", "none", "--optim.rows.curve", "cosine"],
     },
     "adapters": {
-        "LoCon (LoRA on attention, ff and conv)": _kind("lora"),
+        "LoCon (LoRA on attention, ff and conv)": _ALONE,
         "LoRA on attention": _kind("lora", "--adapter.targets", "attention"),
         "LoRA on attention and ff": _kind("lora", "--adapter.targets", "attention+ff"),
         "LoCon, rank 32": _kind("lora", "--adapter.rank", "32"),
@@ -59,10 +59,6 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "plain": [],
         "min-SNR 5": ["--objective.min_snr_gamma", "5"],
         "masked": ["--data.masks", "true", "--data.mask.sources", "foreground"],
-        "masked, floor 0.1": [
-            *("--data.masks", "true", "--data.mask.sources", "foreground"),
-            *("--objective.mask_floor", "0.1"),
-        ],
         "masked, prior outside": [
             *("--data.masks", "true", "--data.mask.sources", "foreground"),
             *("--objective.mask_prior", "1"),
