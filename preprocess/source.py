@@ -9,7 +9,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,6 +93,25 @@ def named(source: str, limits: Limits) -> list[str]:
     Raises:
         PreprocessError: it names none, or too many.
     """
+    found = _parts(source)
+    if not found or not all(found):
+        raise PreprocessError(f"data.source {shown_all(source)!r} names nothing, or has an empty part; {_KNOWN}")
+    found = [one for source in found for one in _spread(source, limits)]
+    if len(found) > limits.sources:
+        raise PreprocessError(
+            f"data.source names {len(found)} sources, and {limits.sources} are allowed (data.limits.sources)"
+        )
+    return found
+
+
+def each(source: str, changed: Callable[[str], str]) -> str:
+    """`source` with each of what it names changed; a text that names one thing stays plain text."""
+    parts = [changed(one) for one in _parts(source)]
+    return parts[0] if len(parts) == 1 else json.dumps(parts, ensure_ascii=False)
+
+
+def _parts(source: str) -> list[str]:
+    """What is between the bars, or in the JSON list; `source` itself where there is such a file or folder."""
     text = source.strip()
     if text and _exists(source):  # an empty path would be the current folder
         return [source]
@@ -103,17 +122,8 @@ def named(source: str, limits: Limits) -> list[str]:
             raise PreprocessError(f"data.source starts like a JSON list, but is none: {error}") from error
         if not all(isinstance(one, str) for one in listed):
             raise PreprocessError("data.source is a JSON list, but not one of strings: each is a folder, file or URL")
-        found = [one.strip() for one in cast("list[str]", listed)]
-    else:
-        found = [one.strip() for one in source.split("|")] if "|" in source else [source]
-    if not found or not all(found):
-        raise PreprocessError(f"data.source {shown_all(source)!r} names nothing, or has an empty part; {_KNOWN}")
-    found = [one for source in found for one in _spread(source, limits)]
-    if len(found) > limits.sources:
-        raise PreprocessError(
-            f"data.source names {len(found)} sources, and {limits.sources} are allowed (data.limits.sources)"
-        )
-    return found
+        return [one.strip() for one in cast("list[str]", listed)]
+    return [one.strip() for one in source.split("|")] if "|" in source else [source]
 
 
 def _spread(source: str, limits: Limits) -> list[str]:

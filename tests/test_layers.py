@@ -28,7 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
      "preprocess"),
     ("trainer.checkpoint", "trainer.export", "trainer.sampler", "trainer.environment", "trainer.engine",
      "trainer.material", "trainer.listeners"),
-    ("trainer.loop", "trainer.report"),
+    ("trainer.loop", "trainer.report", "trainer.places"),
     ("trainer.hooks",),
     ("trainer.run", "trainer.generate"),
     ("trainer.rehearsal",),

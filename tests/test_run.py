@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer import cli, run
+from trainer import cli, places, run
 from trainer.args import TrainArgs
 from trainer.dataset import Tags, forms, load_mask, load_pixels, read_manifest
 from trainer.events import Gradients
@@ -216,11 +217,28 @@ def test_what_is_here_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: py
         "mask": mask,
         "upscale": {"by": "swin2sr", "base": "enlarger"},
     }
-    data = run._located(TrainArgs.model_validate({"data": given})).data
+    data = places.located(TrainArgs.model_validate({"data": given})).data
     found = [data.source, data.regularisation.source, data.caption_model.base, data.caption_model.vocabulary]
     found += [data.mask.detect.base, data.mask.person.base, data.mask.base, data.upscale.base]
     names = ["pictures", "plain", "captioner", "words.json", "detector", "segmenter", "seeker", "enlarger"]
     assert found == [str(tmp_path / name) for name in names]
     assert data.mask.detect.labels == ("dog",)
     given["mask"] = {**mask, "person": {"base": "owner/model", "revision": "v1"}}
-    assert run._located(TrainArgs.model_validate({"data": given})).data.mask.person.base == "owner/model"
+    assert places.located(TrainArgs.model_validate({"data": given})).data.mask.person.base == "owner/model"
+
+
+def test_each_of_several_sources_is_found_again_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "cat.zip").touch()
+    for given in ("dog | cat.zip|https://example.org/a.zip", '["dog", "cat.zip", "https://example.org/a.zip"]'):
+        data = places.located(TrainArgs.model_validate({"data": {"source": given}})).data
+        assert json.loads(data.source) == [
+            str(tmp_path / "dog"),
+            str(tmp_path / "cat.zip"),
+            "https://example.org/a.zip",
+        ]
+    alone = places.located(TrainArgs.model_validate({"data": {"source": "dog"}})).data.source
+    assert alone == str(tmp_path / "dog")

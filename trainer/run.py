@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import preprocess
-from preprocess import maskers, source, stages, upscalers
+from preprocess import maskers, stages, upscalers
 from preprocess.captioners import CAPTIONERS
 from trainer import (
     cache,
@@ -29,6 +29,7 @@ from trainer import (
     material,
     mixture,
     optim,
+    places,
     registry,
     report,
 )
@@ -39,9 +40,6 @@ from trainer.args import (
     AdapterArgs,
     CaptionModelArgs,
     DataArgs,
-    HooksArgs,
-    ModelArgs,
-    RegularisationArgs,
     TrainArgs,
     TriggerModelArgs,
 )
@@ -124,7 +122,7 @@ def opened(args: TrainArgs, *, code: bool = True, here: Ranks | None = None) -> 
         KeyboardInterrupt, RanksError: pictures that are prepared by then stay, for `resumed`.
     """
     _check_names(args, code=code)
-    args = _located(args)
+    args = places.located(args)
     root = Path(args.runtime.out) / args.runtime.name
     if root.exists():
         RunDir.create(root)  # refuses, before a model is loaded
@@ -135,7 +133,7 @@ def opened(args: TrainArgs, *, code: bool = True, here: Ranks | None = None) -> 
         try:
             with _logged(run_dir, engine.here):
                 if engine.here.first:
-                    atomic_write(run_dir.args, _json(_kept(args).model_dump(mode="json")))
+                    atomic_write(run_dir.args, _json(places.kept(args).model_dump(mode="json")))
                 session = _session(args, run_dir, family, engine, parts)
                 with _closing(session):
                     yield session
@@ -166,10 +164,10 @@ def resumed(
     run_dir = RunDir.open(root)
     saved = TrainArgs.model_validate_json(run_dir.args.read_text(encoding="utf-8"))
     if saved.model.family == sniff.AUTO:  # written by hand, or by --print-args
-        saved = saved.model_copy(update={"model": _found(saved.model)})
-    args = _located(args or saved)
+        saved = saved.model_copy(update={"model": places.found(saved.model)})
+    args = places.located(args or saved)
     here = here or Ranks()
-    _check_same(saved, _kept(args), root)
+    _check_same(saved, places.kept(args), root)
     _check_processes(run_dir, here.processes)
     _check_names(args, code=code)
     parts = _parts(args, code=code)
@@ -203,76 +201,6 @@ def _alpha(adapter: AdapterArgs) -> float | None:
 def _counted(data: DataArgs, items: Sequence[Item]) -> int:
     """Pictures of concepts, and those of the regularisation set that go with them."""
     return data.regularisation.showings(sum(not item.regular for item in items))
-
-
-def _located(args: TrainArgs) -> TrainArgs:
-    """The tree with local paths absolute and the family by name, so that it means the same wherever it is fed back."""
-    return args.model_copy(
-        update={
-            "data": args.data.model_copy(
-                update={
-                    "source": environment.located(args.data.source),
-                    "regularisation": _with_source(args.data.regularisation, environment.located),
-                    "caption_model": _nearby(args.data.caption_model),
-                    "trigger_model": _nearby(args.data.trigger_model),
-                    **_models_nearby(args.data),
-                }
-            ),
-            "hooks": _teacher_nearby(args.hooks),
-            "model": _found(args.model),
-            "adapter": args.adapter.model_copy(
-                update={"start": args.adapter.start and environment.located(args.adapter.start)}
-            ),
-        }
-    )
-
-
-def _found(model: ModelArgs) -> ModelArgs:
-    config = environment.located(model.config) if model.config else None
-    merge = {environment.located(file): strength for file, strength in model.merge.items()}
-    given = {"base": environment.located(model.base), "config": config, "merge": merge}
-    return sniff.named(model.model_copy(update=given))
-
-
-def _teacher_nearby(hooks: HooksArgs) -> HooksArgs:
-    given = hooks.teacher.model_dump(include={"base", "config"}, exclude_none=True)
-    paths = {name: environment.located(path) for name, path in given.items()}
-    return hooks.model_copy(update={"teacher": hooks.teacher.model_copy(update=paths)})
-
-
-def _kept(args: TrainArgs) -> TrainArgs:
-    """The tree as files may hold it: a URL's query may be a key. What was read with it is in the run's own cache."""
-    kept = {
-        "source": source.kept(args.data.source),
-        "regularisation": _with_source(args.data.regularisation, source.kept),
-    }
-    return args.model_copy(update={"data": args.data.model_copy(update=kept)})
-
-
-def _with_source(regular: RegularisationArgs, changed: Callable[[str], str]) -> RegularisationArgs:
-    return regular if regular.source is None else regular.model_copy(update={"source": changed(regular.source)})
-
-
-def _nearby(options: _Model) -> _Model:
-    given = options.model_dump(include={"base", "vocabulary"}, exclude_none=True)
-    return options.model_copy(update={name: environment.located(path) for name, path in given.items()})
-
-
-def _models_nearby(data: DataArgs) -> dict[str, Any]:
-    """The sections that name models for masks and for upscaling, with local paths made absolute."""
-    mask = data.mask
-    parts = {
-        name: part.model_copy(update=_base(part.base))
-        for name, part in (("detect", mask.detect), ("person", mask.person))
-    }
-    return {
-        "mask": mask.model_copy(update={**_base(mask.base), **parts}),
-        "upscale": data.upscale.model_copy(update=_base(data.upscale.base)),
-    }
-
-
-def _base(given: str | None) -> dict[str, str]:
-    return {} if given is None else {"base": environment.located(given)}
 
 
 # --- putting a run together
@@ -335,7 +263,7 @@ def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engi
         data, root = args.data, run_dir.root
         preprocess.build(data.source, root, data, sides, family.bucket_step, share=here.share)
     items = read_manifest(run_dir.dataset)
-    args = resolve(_kept(args), family, items)
+    args = resolve(places.kept(args), family, items)
     if here.first:
         atomic_write(run_dir.args, _json(args.model_dump(mode="json")))
     newest = run_dir.newest_checkpoint()

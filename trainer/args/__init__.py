@@ -1,0 +1,126 @@
+"""The typed args tree: every option of a run with its type, default, unit and bound.
+
+Nothing here touches torch, the disk, the clock or the environment. The tree is frozen;
+values left at `None` are derived by `trainer.run.resolve` and saved resolved in args.json.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from trainer.args.adapter import AdapterArgs, EncodersArgs, TextArgs
+from trainer.args.captions import CaptionModelArgs, TriggerModelArgs
+from trainer.args.data import KEEP_SIDES, ConceptArgs, DataArgs, Mode, RegularisationArgs
+from trainer.args.hooks import (
+    ActivationsArgs,
+    CollapseArgs,
+    EmaArgs,
+    GradStatsArgs,
+    HooksArgs,
+    HookUse,
+    NoiseJitterArgs,
+    TeacherArgs,
+)
+from trainer.args.masks import DetectArgs, MaskArgs, PersonArgs
+from trainer.args.model import ModelArgs
+from trainer.args.objective import DistanceArgs, LevelsArgs, NoiseArgs, ObjectiveArgs, WeightArgs
+from trainer.args.optim import CURVES, PIVOTS, ComponentOptim, CurveArgs, OptimArgs, RowsOptim, RuleArgs, TextOptim
+from trainer.args.runtime import RuntimeArgs, SampleArgs
+from trainer.args.section import Probability, Section, SwitchedArgs
+from trainer.args.sources import AugmentArgs, HubArgs, LimitsArgs, UpscaleArgs
+
+__all__ = [
+    "CURVES",
+    "KEEP_SIDES",
+    "PIVOTS",
+    "ActivationsArgs",
+    "AdapterArgs",
+    "AugmentArgs",
+    "CaptionModelArgs",
+    "CollapseArgs",
+    "ComponentOptim",
+    "ConceptArgs",
+    "CurveArgs",
+    "DataArgs",
+    "DetectArgs",
+    "DistanceArgs",
+    "EmaArgs",
+    "EncodersArgs",
+    "GradStatsArgs",
+    "HookUse",
+    "HooksArgs",
+    "HubArgs",
+    "LevelsArgs",
+    "LimitsArgs",
+    "MaskArgs",
+    "Mode",
+    "ModelArgs",
+    "NoiseArgs",
+    "NoiseJitterArgs",
+    "ObjectiveArgs",
+    "OptimArgs",
+    "PersonArgs",
+    "Probability",
+    "RegularisationArgs",
+    "RowsOptim",
+    "RuleArgs",
+    "RuntimeArgs",
+    "SampleArgs",
+    "Section",
+    "SwitchedArgs",
+    "TeacherArgs",
+    "TextArgs",
+    "TextOptim",
+    "TrainArgs",
+    "TriggerModelArgs",
+    "UpscaleArgs",
+    "WeightArgs",
+]
+
+
+class TrainArgs(Section):
+    data: DataArgs
+    model: ModelArgs = Field(default_factory=lambda: ModelArgs.model_validate({}))
+    adapter: AdapterArgs = Field(default_factory=lambda: AdapterArgs.model_validate({}))
+    text: TextArgs = Field(default_factory=lambda: TextArgs.model_validate({}))
+    objective: ObjectiveArgs = Field(default_factory=lambda: ObjectiveArgs.model_validate({}))
+    optim: OptimArgs = Field(default_factory=lambda: OptimArgs.model_validate({}))
+    sample: SampleArgs = Field(default_factory=lambda: SampleArgs.model_validate({}))
+    hooks: HooksArgs = Field(default_factory=lambda: HooksArgs.model_validate({}))
+    runtime: RuntimeArgs = Field(default_factory=lambda: RuntimeArgs.model_validate({}))
+
+    @model_validator(mode="after")
+    def _masks_are_on(self) -> TrainArgs:
+        for option, value in (("mask_floor", self.objective.mask_floor), ("mask_prior", self.objective.mask_prior)):
+            if value and not self.data.masks:
+                raise ValueError(
+                    f"objective.{option} is {value:g}, but data.masks is off: there is nothing outside a mask; turn "
+                    f"data.masks on, or leave {option} out"
+                )
+        if self.objective.mask_prior and self.objective.mask_floor == 1:
+            raise ValueError(
+                "objective.mask_floor is 1, which learns all of a picture alike, but objective.mask_prior keeps what "
+                "is outside its mask; lower mask_floor, or leave mask_prior out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> TrainArgs:
+        if self.adapter.kind == "none" and self.text.tokens == 0:
+            raise ValueError("nothing would be trained: adapter.kind is none and text.tokens is 0; set one of them")
+        if self.objective.prior_weight and self.adapter.text.train:
+            raise ValueError(
+                "objective.prior_weight keeps what class_words are drawn as before training, but adapter.text.train "
+                "changes how they are read; turn one of them off"
+            )
+        data, concepts = self.data, self.data.concepts.values()
+        words = bool(self.text.init_words) or (bool(concepts) and all(concept.init_words for concept in concepts))
+        if self.text.init == "words" and self.text.tokens and not words:
+            raise ValueError("text.init is words, but text.init_words is empty")
+        classes = [data.of(folder).class_words for folder in data.concepts] or [data.class_words]
+        if self.objective.prior_weight and not all(classes):
+            raise ValueError(
+                f"objective.prior_weight is {self.objective.prior_weight:g}, but data.class_words names no word that "
+                "stands in for the trigger; give the concept's class (dog, person), or a prior_weight of 0"
+            )
+        return self

@@ -1,0 +1,38 @@
+"""The section `model`: the base."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.args.section import Section
+
+
+class ModelArgs(Section):
+    family: str = Field(
+        "auto", description="model family: auto (told by the base), a name of trainer.models, or module:attr"
+    )
+    base: str = Field(
+        "testbed/base", description="diffusers folder, hub id, or single-file .safetensors checkpoint to train on"
+    )
+    revision: str | None = Field(None, description="commit or tag of a hub id")
+    config: str | None = Field(
+        None,
+        description="diffusers folder or hub id whose configs and tokenizer a single-file base is read with "
+        "[default: what diffusers finds on the hub]",
+    )
+    merge: dict[str, float] = Field(
+        default_factory=dict[str, float],
+        description="file=strength: LoRAs and other updates (files or run directories) merged into the base first",
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the frozen weights")
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
+        "auto", description="what the base predicts; auto reads the scheduler's config"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute the denoiser's layers again in the backward pass: less memory, more time"
+    )
+    attention: Literal["sdpa", "xformers"] = Field(
+        "sdpa", description="what computes attention: torch, or xformers, which needs a GPU and is tried out first"
+    )

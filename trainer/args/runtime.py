@@ -1,0 +1,42 @@
+"""The sections `sample` and `runtime`: sample grids, and the run itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.args.section import Section
+
+
+class SampleArgs(Section):
+    prompts: tuple[str, ...] = Field(
+        (),
+        description="prompts of the sample grid; {trigger} stands for the trigger [default: the first captions]",
+    )
+    every: int = Field(0, ge=0, description="updates between sample rows; 0 samples before and after only")
+    steps: int = Field(25, ge=1, le=1000, description="denoising steps")
+    guidance: float = Field(3.0, ge=0.0, le=100.0, description="classifier-free guidance scale")
+    seed: int = Field(1234, ge=0, description="seed of the first picture; the next have the next seeds")
+    strengths: tuple[float, ...] = Field((0.5, 1.0), description="adapter strengths of the last rows of the grid")
+
+
+class RuntimeArgs(Section):
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$", description="name of the run and of its export files"
+    )
+    out: str = Field("runs", description="folder the run directory is made in")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of data order, noise, dropout and initial weights")
+    steps: int | None = Field(None, ge=1, description="optimizer updates [default: 30 for each picture, 300 to 2000]")
+    batch_size: int = Field(4, ge=1, description="pictures in one forward and backward")
+    accumulate: int = Field(1, ge=1, description="forwards and backwards for one update")
+    checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept; the rest are deleted")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="where to train; auto takes a GPU if there is one"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads [default: torch's choice]")
+
+    def updates(self, pictures: int) -> int:
+        """The steps of a run on so many pictures."""
+        return self.steps or min(2000, max(300, 30 * pictures))
