@@ -6,12 +6,12 @@ rows, which would draw part of the concept for them; rates are those of the refe
 
 from __future__ import annotations
 
-_ALONE = ["--text.tokens", "0", "--optim.adapter.curve", "cosine"]  # the adapter learns everything
+ALONE = ["--text.tokens", "0", "--optim.adapter.curve", "cosine"]  # the adapter learns everything
 _PRODIGY = ["--optim.adapter.name", "prodigy", "--optim.adapter.lr", "1"]
 
 
 def _kind(name: str, *more: str) -> list[str]:
-    return [*_ALONE, "--adapter.kind", name, *more]
+    return [*ALONE, "--adapter.kind", name, *more]
 
 
 def _rate(lr: str) -> list[str]:
@@ -21,15 +21,15 @@ def _rate(lr: str) -> list[str]:
 TABLES: dict[str, dict[str, list[str]]] = {
     "quickstart": {
         "pivotal": [],
-        "LoRA alone": _ALONE,
+        "LoRA alone": ALONE,
         "textual inversion alone": ["--adapter.kind", "none", "--optim.rows.curve", "cosine"],
     },
     "adapters": {
-        "LoCon (LoRA on attention, ff and conv)": _ALONE,
+        "LoCon (LoRA on attention, ff and conv)": ALONE,
         "LoRA on attention": _kind("lora", "--adapter.targets", "attention"),
         "LoRA on attention and ff": _kind("lora", "--adapter.targets", "attention+ff"),
         "LoCon, rank 32": _kind("lora", "--adapter.rank", "32"),
-        "rsLoRA, rank 32": _kind("lora", "--adapter.rank", "32", "--adapter.rank_stabilised", "true"),
+        "rsLoRA, rank 32": _kind("lora", "--adapter.rank", "32", "--adapter.rank_stabilised"),
         "LoRA+ (B 16 times faster)": _kind("lora", "--adapter.lora_plus", "16", *_rate("2e-4")),
         "DoRA": _kind("dora"),
         "LoHa": _kind("loha"),
@@ -50,17 +50,17 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "start by similarity": ["--text.init", "similarity", "--text.init_words", "shape"],
     },
     "optimizers": {
-        "AdamW, alone": _ALONE,
-        "Prodigy, alone": [*_ALONE, *_PRODIGY],
+        "AdamW, alone": ALONE,
+        "Prodigy, alone": [*ALONE, *_PRODIGY],
         "AdamW, pivotal": [],
         "Prodigy, pivotal": [*_PRODIGY, "--optim.rows.name", "prodigy", "--optim.rows.lr", "1"],
     },
     "objectives": {
         "plain": [],
         "min-SNR 5": ["--objective.min_snr_gamma", "5"],
-        "masked": ["--data.masks", "true", "--data.mask.sources", "foreground"],
+        "masked": ["--data.masks", "--data.mask.sources", "foreground"],
         "masked, prior outside": [
-            *("--data.masks", "true", "--data.mask.sources", "foreground"),
+            *("--data.masks", "--data.mask.sources", "foreground"),
             *("--objective.mask_prior", "1"),
         ],
         "prior kept": ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"],

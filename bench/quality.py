@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.methods import TABLES
-from trainer import console
+from trainer import cli, console
 from trainer.rundir import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +87,7 @@ def main() -> int:
     }
     out = args.out or OUT / f"quality-{args.concept}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, (json.dumps(results, indent=2) + "\n").encode())
+    atomic_write(out, json.dumps(results, indent=2) + "\n")
     for name in chosen:
         print(f"\n{name}\n\n{table(results, name)}")
     return 0
@@ -103,6 +103,7 @@ class Job:
     seed: int
     work: Path
     keep: Path | None
+    file: str | None = None  # a JSON file of the run directory that is kept beside the scores
 
     @property
     def name(self) -> str:
@@ -122,16 +123,24 @@ def work(jobs: Sequence[Job], at_once: int) -> dict[Job, dict[str, Any]]:
     """What each run scored; runs whose scores are in the work folder are not made."""
     done = {job: json.loads(job.scores.read_text(encoding="utf-8")) for job in jobs if job.scores.exists()}
     todo = [job for job in jobs if job not in done]
+    for job in todo:  # a method that is spelled wrong is known now and not in an hour
+        cli.parse(_command(job)[1:])
+    failed: list[str] = []
     pool = ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn"))
     with pool, tqdm(total=len(jobs), initial=len(done), desc="runs", unit="run") as bar:
         running = {pool.submit(one, job): job for job in todo}
         try:
             for future in as_completed(running):
-                done[running[future]] = future.result()
                 bar.update()
+                try:
+                    done[running[future]] = future.result()
+                except RuntimeError as error:
+                    failed.append(str(error))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    if failed:  # the others are in the work folder
+        raise SystemExit("\n".join(failed))
     return done
 
 
@@ -150,19 +159,26 @@ def one(job: Job) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_zip(pictures, job.concept)
     began = time.monotonic()
-    _python(
-        *("train.py", job.preset, str(pictures), "--runtime.out", str(folder), "--runtime.name", job.name),
-        *("--runtime.seed", str(job.seed), *job.options),
-    )
+    _python(*_command(job))
     seconds = time.monotonic() - began
     scores = score_run(run, job.concept).rows()
     result = {"seed": job.seed, "train_process_s": round(seconds, 1), **{k: round(v, 4) for k, v in scores.items()}}
-    atomic_write(job.scores, json.dumps(result).encode())
+    if job.file:
+        result["kept"] = json.loads((run / job.file).read_text(encoding="utf-8"))
+    atomic_write(job.scores, json.dumps(result))
     if job.keep:
         shutil.copytree(run, job.keep / job.name)
     shutil.rmtree(run)
     pictures.unlink()
     return result
+
+
+def _command(job: Job) -> list[str]:
+    folder = job.work / "runs"
+    return [
+        *("train.py", job.preset, str(folder / f"{job.name}.zip"), "--runtime.out", str(folder)),
+        *("--runtime.name", job.name, "--runtime.seed", str(job.seed), *job.options),
+    ]
 
 
 def _python(*command: str) -> None:
@@ -193,7 +209,7 @@ def before(job: Job) -> dict[str, float]:
             names = sorted(n for n in archive.namelist() if n.endswith(".png"))
             references = [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in names]
         scores = score_base(ModelArgs.model_validate(base), job.concept, references)
-        atomic_write(kept, json.dumps({k: round(v, 4) for k, v in scores.rows().items()}).encode())
+        atomic_write(kept, json.dumps({k: round(v, 4) for k, v in scores.rows().items()}))
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
