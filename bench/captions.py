@@ -116,8 +116,8 @@ def accuracy_table() -> str:
 
 def training_table() -> str:
     """Both ways of captioning with the same seeds, and the second less the first in points."""
-    methods: dict[str, Any] = _results("quality-captions.json")["methods"]
-    true, read = methods["pivotal"], methods["pivotal, captions by clip"]
+    methods: dict[str, Any] = _results("quality-captions.json")["tables"]["captions"]
+    true, read = methods["true captions"], methods["captions by clip"]
     rows: list[list[str]] = []
     for name, result in (("captions as they come", true), ("captions by clip", read)):
         spans = [[run[key] for run in result["runs"]] for key in SHOWN]

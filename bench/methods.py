@@ -8,6 +8,7 @@ from __future__ import annotations
 
 ALONE = ["--text.tokens", "0", "--optim.adapter.curve", "cosine"]  # the adapter learns everything
 _PRODIGY = ["--optim.adapter.name", "prodigy", "--optim.adapter.lr", "1"]
+PRIOR = ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"]
 
 
 def _kind(name: str, *more: str) -> list[str]:
@@ -23,6 +24,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "pivotal": [],
         "LoRA alone": ALONE,
         "textual inversion alone": ["--adapter.kind", "none", "--optim.rows.curve", "cosine"],
+        "pivotal, prior kept": PRIOR,
     },
     "adapters": {
         "LoCon (LoRA on attention, ff and conv)": ALONE,
@@ -63,7 +65,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
             *("--data.masks", "--data.mask.sources", "foreground"),
             *("--objective.mask_prior", "1"),
         ],
-        "prior kept": ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"],
+        "prior kept": PRIOR,
     },
     "captions": {
         "true captions": [],

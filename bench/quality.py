@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a thread each")
     parser.add_argument("--work", type=Path, default=ROOT / "bench" / "work", help="what finished runs scored")
     parser.add_argument("--keep", type=Path, help="folder that gets a copy of every run")
-    parser.add_argument("--out", type=Path, help="[default: bench/results/quality-CONCEPT.json]")
+    parser.add_argument("--out", type=Path, default=OUT / "quality.json")
     args = parser.parse_args()
     console.hush_libraries()
     known = {method for table in args.tables for method in TABLES[table]}
@@ -85,9 +85,7 @@ def main() -> int:
             for table, methods in chosen.items()
         },
     }
-    out = args.out or OUT / f"quality-{args.concept}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, json.dumps(results, indent=2) + "\n")
+    atomic_write(args.out, json.dumps(results, indent=2) + "\n")
     for name in chosen:
         print(f"\n{name}\n\n{table(results, name)}")
     return 0
@@ -225,16 +223,18 @@ def summary(options: Sequence[str], runs: list[dict[str, Any]]) -> dict[str, Any
 
 def table(results: dict[str, Any], name: str) -> str:
     """Markdown: mean and, in brackets, lowest..highest over the seeds."""
-    heads = ["", *[name.replace("_", " ") for name in SHOWN], "minutes"]
+    heads = ["", *[key.replace("_", " ") for key in SHOWN], "train.py, s"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines.append("| before training | " + " | ".join(f"{results['before'][k]:.2f}" for k in SHOWN) + " | |")
     for method, result in results["tables"][name].items():
-        cells: list[str] = []
-        for key in SHOWN:
-            values = [r[key] for r in result["runs"]]
-            cells.append(f"{result['mean'][key]:.2f} ({min(values):.2f}..{max(values):.2f})")
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {result['mean']['train_process_s'] / 60:.1f} |")
+        cells = [_cell([run[key] for run in result["runs"]]) for key in SHOWN]
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {result['mean']['train_process_s']:.0f} |")
     return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    mean, lowest, highest = (f"{v:.2f}" for v in (statistics.fmean(values), min(values), max(values)))
+    return mean if lowest == highest else f"{mean} ({lowest}..{highest})"
 
 
 def machine(jobs: int) -> dict[str, Any]:

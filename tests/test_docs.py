@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import captions
+from bench import captions, tables
 from preprocess import build
 from trainer.args import DataArgs, TrainArgs
 from trainer.hooks import Hook
@@ -158,9 +158,16 @@ def test_the_tables_of_the_captions_page_are_those_of_the_results() -> None:
     text = page("docs/caption-accuracy.md")
     assert captions.page(text) == text
     assert captions.page(text.replace("| mushroom | 0.", "| mushroom | 1.")) == text
-    methods = json.loads(page("bench/results/quality-captions.json"))["methods"]
-    seeds = [[run["seed"] for run in methods[name]["runs"]] for name in ("pivotal", "pivotal, captions by clip")]
+    methods = json.loads(page("bench/results/quality-captions.json"))["tables"]["captions"]
+    seeds = [[run["seed"] for run in methods[name]["runs"]] for name in ("true captions", "captions by clip")]
     assert seeds == [[0, 1, 2], [0, 1, 2]]  # a difference is of the same seeds
+
+
+def test_the_tables_of_the_benchmarks_are_those_of_the_results() -> None:
+    assert tables.main(["--check"]) == 0
+    text = page("docs/benchmarks.md")
+    assert tables.page(text.replace("| before training | 0.", "| before training | 9.")) == text
+    assert text.count("<!-- end -->") == len(re.findall(r"<!-- (?:quality|course) ", text))
 
 
 def test_the_examples_of_the_hooks_page_do_what_they_say(tmp_path: Path, tiny_base: Path, tiny_pictures: Path) -> None:
