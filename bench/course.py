@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from bench.methods import ALONE
-from bench.quality import OUT, ROOT, Job, machine, work
+from bench.runs import OUT, WORK, Job, machine, work
 from trainer import console, sampler
 from trainer.args import Section
 from trainer.hooks import Context, Hook, presented
@@ -80,7 +80,7 @@ def main() -> int:
     parser.add_argument("--preset", default="presets/quickstart.json")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a thread each")
-    parser.add_argument("--work", type=Path, default=ROOT / "bench" / "work", help="what finished runs scored")
+    parser.add_argument("--work", type=Path, default=WORK, help="what finished runs scored")
     parser.add_argument("--out", type=Path, default=OUT / "course.json")
     args = parser.parse_args()
     console.hush_libraries()

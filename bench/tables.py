@@ -1,7 +1,7 @@
 """The tables of README.md and docs/benchmarks.md, from the results: python -m bench.tables [--check].
 
-A page has `<!-- quality FILE TABLE -->` or `<!-- course FILE -->`, FILE being in bench/results, and `<!-- end -->`
-after it; what is between is made anew.
+A page says what is made of a file of bench/results by `<!-- quality FILE TABLE -->`, `<!-- differences FILE TABLE -->`
+or `<!-- course FILE -->`; `<!-- end -->` comes after it, and what is between is made anew.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import course, quality
+from bench.runs import OUT, ROOT
 from trainer.rundir import atomic_write
 
 PAGES = ("README.md", "docs/benchmarks.md")
-_MARKED = re.compile(r"(<!-- (quality|course) ([\w.-]+)(?: ([\w ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (quality|differences|course) ([\w.-]+)(?: ([\w ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     stale: list[str] = []
     for name in PAGES:
-        path = quality.ROOT / name
+        path = ROOT / name
         text = path.read_text(encoding="utf-8")
         if page(text) != text:
             stale.append(name)
@@ -46,10 +47,11 @@ def page(text: str) -> str:
 
 
 def _table(kind: str, file: str, name: str | None) -> str:
-    results: dict[str, Any] = json.loads((quality.OUT / file).read_text(encoding="utf-8"))
+    results: dict[str, Any] = json.loads((OUT / file).read_text(encoding="utf-8"))
     if kind == "course":
         return course.table(results)
-    return quality.table(results, name or "quickstart")
+    of = {"quality": quality.table, "differences": quality.differences}[kind]
+    return of(results, name or "quickstart")
 
 
 if __name__ == "__main__":
