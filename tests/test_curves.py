@@ -13,8 +13,8 @@ import transformers
 from pydantic import ValidationError
 from torch.optim import SGD, lr_scheduler
 
-from trainer.args import ComponentOptim
-from trainer.optim import Rates
+from trainer.args import ComponentOptim, OptimArgs
+from trainer.optim import Rates, filled
 from trainer.registry import PartError
 
 STEPS = 40
@@ -124,11 +124,52 @@ def test_a_hard_pivot_trains_one_and_then_the_other() -> None:
         ({"curve": "linear", "warmup": 2.5}, "whole updates, or a share"),
         ({"curve": "linear", "warmup": 0.95}, "whole updates, or a share"),
         ({"curve": "a.py:b", "warmup": 5}, "warmup would do nothing"),
+        ({"floor": 0.1}, "floor is given, but not the curve that it is for"),
     ],
 )
 def test_what_a_curve_has_not_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         rates(**options)
+
+
+PAIR = ("rows", "adapter")
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "curves"),
+    [
+        (PAIR, {}, ["adaptive", "adaptive"]),
+        ((*PAIR, "text"), {}, ["adaptive", "adaptive", "adaptive"]),
+        (("adapter",), {}, ["constant"]),
+        (("adapter", "text"), {}, ["constant", "constant"]),
+        (("rows",), {}, ["constant"]),
+        (PAIR, {"adapter": "hard_pivot"}, ["hard_pivot", "hard_pivot"]),
+        (PAIR, {"rows": "pivot_rows"}, ["pivot_rows", "adaptive"]),
+        (PAIR, {"adapter": "cosine"}, ["constant", "cosine"]),
+        ((*PAIR, "text"), {"text": "linear"}, ["adaptive", "adaptive", "linear"]),
+    ],
+)
+def test_rows_and_an_adapter_pivot_where_nobody_says_otherwise(
+    trained: tuple[str, ...], given: dict[str, str], curves: list[str]
+) -> None:
+    args = OptimArgs.model_validate({name: {"curve": curve} for name, curve in given.items()})
+    done = filled(args, trained)
+    assert [getattr(done, name).curve for name in trained] == curves
+    assert filled(done, trained) == done
+    assert OptimArgs.model_validate(done.model_dump()) == done
+    assert filled(done, ("adapter",)) == done, "what a run began with stays"
+
+
+def test_what_averages_has_no_falling_curve_by_default() -> None:
+    args = OptimArgs.model_validate({"adapter": {"name": "schedulefree-adamw"}})
+    done = filled(args, PAIR)
+    assert (done.rows.curve, done.adapter.curve) == ("adaptive", "constant")
+
+
+def test_adaptive_is_its_two_halves() -> None:
+    for component, half in (("rows", "pivot_rows"), ("adapter", "pivot_adapter"), ("text", "pivot_adapter")):
+        one, two = (rates(component=component, curve=curve, warmup=0.1) for curve in ("adaptive", half))
+        assert [one(f / STEPS) for f in range(STEPS)] == [two(f / STEPS) for f in range(STEPS)]
 
 
 def test_a_warm_up_longer_than_the_run_is_refused() -> None:

@@ -112,6 +112,10 @@ def test_steps_are_derived_from_the_pictures(done: RunDir, door: list[str], caps
     assert run.resolve(args, family, items * 4).runtime.steps == 600
     assert run.resolve(args, family, items * 40).runtime.steps == 2000
     assert run.resolve(resolved, family, items * 40) == resolved
+    for tokens, curve in ((1, "adaptive"), (0, "constant")):
+        own = {"data": {"source": "x"}, "text": {"tokens": tokens}}
+        chosen = run.resolve(TrainArgs.model_validate(own), family, items).optim
+        assert (chosen.adapter.curve, chosen.rows.curve) == (curve, curve)
 
 
 def test_captions_are_the_prompts_of_last_resort(door: list[str], tmp_path: Path) -> None:

@@ -188,10 +188,18 @@ def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> Trai
         update={
             "adapter": args.adapter.model_copy(update={"alpha": _alpha(args.adapter)}),
             "data": data.model_copy(update={"resolution": args.data.resolution or (family.resolution,)}),
+            "optim": optim.filled(args.optim, _trained(args)),
             "runtime": args.runtime.model_copy(update={"steps": args.runtime.updates(_counted(args.data, items))}),
             "sample": args.sample.model_copy(update={"prompts": prompts}),
         }
     )
+
+
+def _trained(args: TrainArgs) -> set[str]:
+    """The components."""
+    layers, text = args.adapter.kind != "none", args.adapter.text.train
+    parts = {"rows": args.text.tokens > 0, "adapter": layers, "text": layers and text}
+    return {name for name, is_there in parts.items() if is_there}
 
 
 def _alpha(adapter: AdapterArgs) -> float | None:

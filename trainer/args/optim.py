@@ -15,13 +15,14 @@ PIVOTS = ("adaptive", "pivot_rows", "pivot_adapter", "hard_pivot")
 
 
 class CurveArgs(Section):
-    """A learning rate over progress."""
+    """A learning rate over progress. Left out, the curve is for whoever has the section to say."""
 
     curve: str = Field(
-        "constant",
+        "",
         description="learning rate over progress: constant, linear, cosine, restarts (cycles cosines), polynomial "
         "(power), exponential, rex; adaptive: rows fall while the adapter rises (its halves: pivot_rows, "
-        "pivot_adapter); hard_pivot: rows until optim.pivot, then the adapter; or module:attr, file.py:attr",
+        "pivot_adapter); hard_pivot: rows until optim.pivot, then the adapter; or module:attr, file.py:attr "
+        "[default: adaptive where rows and an adapter are trained, else constant]",
     )
     warmup: float = Field(0.0, ge=0.0, description="spent rising to the peak: updates (1 and more) or share of the run")
     ramp: Literal["linear", "exponential"] = Field(
@@ -33,8 +34,8 @@ class CurveArgs(Section):
 
     @model_validator(mode="after")
     def _curve_is_whole(self) -> CurveArgs:
-        """A curve is there, and options that would do nothing are mistakes."""
-        if ":" not in self.curve and self.curve not in (*CURVES, *PIVOTS, *self._no_curve()):
+        """The curve is one, and options that would do nothing are mistakes."""
+        if self.curve and ":" not in self.curve and self.curve not in (*CURVES, *PIVOTS):
             meant = nearest(self.curve, (*CURVES, *PIVOTS))
             hint = f"; did you mean {meant}?" if meant else ""
             allowed = ", ".join((*CURVES, *PIVOTS))
@@ -43,7 +44,7 @@ class CurveArgs(Section):
             raise ValueError(f"warmup is {self.warmup:g}: give whole updates, or a share of the run up to 0.9")
         falls = self.curve in ("linear", "cosine", "restarts", "polynomial", "exponential", "rex")
         needless = {
-            "warmup": bool(self.warmup) and (":" in self.curve or self.curve in self._no_curve()),
+            "warmup": bool(self.warmup) and (":" in self.curve or not (self.curve or self._rises_anyhow())),
             "ramp": self.ramp != "linear" and not (self.warmup and self.curve in (*CURVES, "hard_pivot")),
             "floor": bool(self.floor) and not falls,
             "cycles": self.cycles != 1 and self.curve != "restarts",
@@ -51,17 +52,18 @@ class CurveArgs(Section):
         }
         for option, is_so in needless.items():
             if is_so:
-                raise ValueError(
-                    f"{option} would do nothing for curve {self.curve or 'of the component'}; leave it out"
-                )
+                if not self.curve:
+                    raise ValueError(f"{option} is given, but not the curve that it is for; give curve too")
+                raise ValueError(f"{option} would do nothing for curve {self.curve}; leave it out")
         if self.curve == "exponential" and not self.floor:
             raise ValueError(
                 "curve exponential falls by the same ratio at each update and never to 0; give floor, say 0.01"
             )
         return self
 
-    def _no_curve(self) -> tuple[str, ...]:
-        return ()
+    def _rises_anyhow(self) -> bool:
+        """Whether a warm-up acts on the curve that holds where none is given."""
+        return True
 
 
 class ComponentOptim(CurveArgs):
@@ -140,8 +142,8 @@ class RuleArgs(CurveArgs):
             raise ValueError(f"rule {self.match}: {self.curve} is for components, not for single layers")
         return self
 
-    def _no_curve(self) -> tuple[str, ...]:
-        return ("",)
+    def _rises_anyhow(self) -> bool:
+        return False
 
 
 class OptimArgs(Section):

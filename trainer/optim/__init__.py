@@ -16,15 +16,16 @@ multiplied.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 from torch.optim import Optimizer
 
 from trainer.args import ComponentOptim, OptimArgs, RuleArgs
+from trainer.optim import curves
 from trainer.optim.rates import Rates, logged
 from trainer.optim.rules import Components, assigned, cast, described
-from trainer.optim.table import OPTIMIZERS, check, make
+from trainer.optim.table import OPTIMIZERS, averages, check, make
 from trainer.optim.updates import HasAverages, evaluated, step
 
 log = logging.getLogger(__name__)
@@ -38,10 +39,21 @@ __all__ = [
     "check",
     "described",
     "evaluated",
+    "filled",
     "logged",
     "prepare",
     "step",
 ]
+
+
+def filled(args: OptimArgs, trained: Collection[str]) -> OptimArgs:
+    """With a curve for each component that has none (`curves.filled`).
+
+    Args:
+        trained: names of the components of the run.
+    """
+    averaging = [name for name in trained if averages(getattr(args, name), f"optim.{name}")]
+    return curves.filled(args, trained, averaging)
 
 
 def prepare(

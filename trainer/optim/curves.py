@@ -8,9 +8,9 @@ the adapter rises as they settle.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from trainer.args import CurveArgs
+from trainer.args import PIVOTS, ComponentOptim, CurveArgs, OptimArgs
 
 PIVOT = 0.7  # progress at which the rows of the adaptive pivot stop for good
 ADAPTER_RISE = 0.3  # progress at which the adapter's rate peaks there, unless warmup says otherwise
@@ -49,6 +49,7 @@ def _rex(z: float, args: CurveArgs) -> float:
 
 
 FALLS: dict[str, Callable[[float, CurveArgs], float]] = {
+    "": _constant,  # of a component that nobody has chosen one for, see `filled`
     "constant": _constant,
     "linear": _linear,
     "cosine": _cosine,
@@ -78,6 +79,27 @@ def factor(args: CurveArgs, component: str, f: float, warmup: float, pivot: floa
     if args.curve != "exponential":
         fall = args.floor + (1.0 - args.floor) * fall
     return _rise(f, warmup, args) * fall
+
+
+def filled(args: OptimArgs, trained: Collection[str], averaging: Collection[str]) -> OptimArgs:
+    """With a curve for each component that has none.
+
+    Rows and an adapter that learn together take turns: adaptive, or hard_pivot where the other one has that. Where
+    one of them has a curve that is no pivot, or trains alone, the rest is constant.
+
+    Args:
+        trained: names of the run's components.
+        averaging: those whose optimizers average, which is theirs in place of a falling curve.
+    """
+    given = {args.adapter.curve, args.rows.curve} - {""}
+    usual = "constant"
+    if {"adapter", "rows"} <= set(trained) and given <= set(PIVOTS):
+        usual = "hard_pivot" if "hard_pivot" in given else "adaptive"
+    sections = {name: section for name, section in args if isinstance(section, ComponentOptim)}
+    curves = {name: section.curve or ("constant" if name in averaging else usual) for name, section in sections.items()}
+    return args.model_copy(
+        update={name: section.model_copy(update={"curve": curves[name]}) for name, section in sections.items()}
+    )
 
 
 def off(args: CurveArgs, component: str, f: float, pivot: float) -> bool:

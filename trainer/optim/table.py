@@ -121,6 +121,12 @@ def check(optim: OptimArgs, *, code: bool = True) -> None:
                 registry.load({}, section.curve, f"{where}.curve", code=code)
 
 
+def averages(args: ComponentOptim, where: str) -> bool:
+    """Whether its optimizer averages, in place of a rate that falls."""
+    factory = _factory(args.name, where, code=True)
+    return isinstance(factory, type) and issubclass(factory, HasAverages)
+
+
 def make(args: ComponentOptim, groups: list[dict[str, Any]], rules: Sequence[RuleArgs], *, where: str) -> Optimizer:
     """The optimizer of these groups, ready to train.
 
