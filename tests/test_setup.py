@@ -35,9 +35,9 @@ installer = load_installer()
 
 
 def pins(name: str) -> dict[str, str]:
-    """Normalised project name -> version, from a requirements file."""
+    """Normalised project name -> version, from a requirements file; of several, the one for the oldest Python."""
     found = re.findall(r"^([\w.-]+)(?:\[\w+\])?==([^\s;\\]+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[-_.]+", "-", project).lower(): version for project, version in found}
+    return {re.sub(r"[-_.]+", "-", project).lower(): version for project, version in reversed(found)}
 
 
 def wheel(folder: Path, name: str, version: str) -> Path:
