@@ -97,6 +97,7 @@ class Painter:
                 _put_lora(self.family, weights.lora)
             elif weights.lora is not None:
                 self._merged = layouts.Merged(self.family, layouts.read(weights.lora, self.family))
+                self._merged.set(1.0)  # who draws with the family itself has the weights on it, as with a LoRA
             if weights.embeddings:
                 _put_rows(self.family, weights.embeddings)
         except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
