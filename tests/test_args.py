@@ -57,6 +57,8 @@ def test_a_part_of_a_section_keeps_the_sections_other_defaults() -> None:
         ({"objective": {"t_min": 500, "t_max": 400}}, "must be below"),
         ({"objective": {"mask_floor": 0.1}}, "mask_floor is 0.1, but data.masks is off"),
         ({"objective": {"mask_prior": 1}}, "mask_prior is 1, but data.masks is off"),
+        ({"objective": {"attention": {"weight": 1}}}, "attention.weight is 1, but data.masks is off"),
+        ({"objective": {"attention": {"cell": 2}}}, "attention.cell is given, but attention.weight is 0"),
         ({"objective": {"mask_prior": 1, "mask_floor": 1}, "data": {"source": "x", "masks": True}}, "lower mask_floor"),
         ({"runtime": {"name": "../evil"}}, "pattern"),
         ({"runtime": {"name": "a/b"}}, "pattern"),

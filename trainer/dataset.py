@@ -155,6 +155,7 @@ class Dataset:
         priors: Mapping[str, Sequence[str]] | None = None,
         weights: Mapping[str, float] | None = None,
         tags: Tags | None = None,
+        triggers: Mapping[str, str] | None = None,
     ) -> None:
         """Keep what batches are made of.
 
@@ -166,8 +167,9 @@ class Dataset:
             priors: picture name -> its caption with each class word for the trigger; one is drawn for each batch.
             weights: picture name -> factor of its loss.
             tags: what happens to the parts of a caption at each showing; None leaves them as they are.
+            triggers: picture name -> the word for its concept, "" for none; None where nobody asks.
         """
-        self._weights, self._tags = weights, tags
+        self._weights, self._tags, self._triggers = weights, tags, triggers
         if not items:
             raise DatasetError("there are no pictures to train on")
         self._items = list(items)
@@ -208,6 +210,7 @@ class Dataset:
             mask=self._mask(pairs, latents),
             sizes=torch.tensor([sizes(*pair) for pair in pairs], dtype=torch.float32),
             prior=self._prior(chosen, generator),
+            triggers=() if self._triggers is None else tuple(self._triggers[item.name] for item in chosen),
             weight=None if self._weights is None else torch.tensor([self._weights[item.name] for item in chosen]),
         )
 

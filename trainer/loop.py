@@ -23,7 +23,7 @@ from trainer.listeners import Listeners
 from trainer.optim import Rates, logged
 from trainer.optim import step as step_of
 from trainer.seed import derive
-from trainer.types import Adapter, Batch, Cond, Hook, ModelFamily, Objective, Samples, Step
+from trainer.types import Adapter, Batch, Cond, Hook, ModelFamily, Objective, Samples, Step, Watch
 
 
 class Micros(Protocol):
@@ -68,6 +68,8 @@ class Run:
     max_grad_norm: Mapping[str, float]  # by component; 0 is not clipped
     seed: int
     engine: Engine
+    encode_base: Callable[[Sequence[str]], Cond] | None = None  # as the base itself reads captions, where it is asked
+    watch: Callable[[Samples], Watch] | None = None  # what the denoiser looks at; None: nobody asks
 
 
 class NonFiniteLoss(ArithmeticError):  # noqa: N818  it names what happened
@@ -145,7 +147,9 @@ def _micro(run: Run, tell: Listeners, update: int, micro: int) -> _Micro:
             generator=torch.Generator().manual_seed(seed),
             mask=None if samples.mask is None else samples.mask.to(engine.device),
             prior=replace(run.encode(samples.prior), sizes=sizes) if samples.prior else None,
+            base=replace(run.encode_base(samples.prior or samples.captions), sizes=sizes) if run.encode_base else None,
             weight=None if samples.weight is None else samples.weight.to(engine.device),
+            watch=run.watch(samples) if run.watch else None,
             probe=tell.probe(update, turn),
         )
         batch = tell(BatchMade(update, turn, batch, samples)).batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -23,6 +23,11 @@ from trainer.view import Augment
 
 log = logging.getLogger(__name__)
 
+
+class MaterialError(ValueError):
+    """Masks or captions that would leave an option nothing to do. One sentence."""
+
+
 SIMILAR = 64  # pictures whose mean the similarity start approaches, at most: more hardly move it
 
 
@@ -37,7 +42,7 @@ def dataset(
     """The dataset of resolved args. What is missing of its latents and masks is made; each process makes its share.
 
     Raises:
-        MixtureError, ConceptError: an option does not fit the pictures there are.
+        MixtureError, ConceptError, MaterialError: an option does not fit the pictures there are.
     """
     regular = args.data.regularisation
     shown = mixture.repeated(items, args.data.repeats, balance=args.data.balance, ratio=regular.ratio)
@@ -60,6 +65,12 @@ def dataset(
         if args.data.masks
         else None
     )
+    if masks is not None:
+        _check_masks(items, masks)
+    triggers = None
+    if args.objective.attention.weight:
+        triggers = {item.name: concepts.trigger_of(item, args.data) for item in items}
+        _check_triggers(items, triggers, family)
     return Dataset(
         shown,
         latents,
@@ -72,7 +83,47 @@ def dataset(
         priors=priors,
         weights=weights,
         tags=_tags(args.data),
+        triggers=triggers,
     )
+
+
+def _check_masks(items: Sequence[Item], masks: Mapping[str, Tensor]) -> None:
+    """MaterialError where every picture counts as a whole: then masks do nothing."""
+    own = [item for item in items if not item.regular]
+    bare = [item for item in own if item.mask is None]
+    if all(bool((mask == 1).all()) for mask in masks.values()):  # a black one was made white: it counts as none
+        raise MaterialError(
+            f"data.masks is on, but every picture would count as a whole: {len(bare)} of {len(own)} have no mask, and "
+            "the masks of the others are all white or all black inside the crop; give masks that show a part, name "
+            "others in data.mask.sources, or turn it off (--no-data.masks)"
+        )
+
+
+def _check_triggers(items: Sequence[Item], triggers: Mapping[str, str], family: ModelFamily) -> None:
+    """Names the pictures that objective.attention does nothing for; MaterialError where that is every one."""
+    own = [item for item in items if not item.regular]
+    texts = [(item.name, caption) for item in own for caption in item.captions or (item.caption,)]
+    there = family.token_places([text for _, text in texts], [triggers[name] for name, _ in texts]).any(1).tolist()
+    named = {name for (name, _), found in zip(texts, there, strict=True) if found}
+    idle = [item.name for item in own if item.mask is None or item.name not in named]
+    if len(idle) == len(own):
+        raise MaterialError(
+            f"objective.attention.weight is given, but no picture has both a mask and its trigger in its caption "
+            f"({sum(item.mask is not None for item in own)} have a mask, {len(named)} the trigger, of {len(own)}); "
+            "add what is missing, or leave objective.attention out"
+        )
+    if idle:
+        log.warning(
+            "%d of %d pictures lack a mask, or their trigger in the caption, and objective.attention does nothing for "
+            "them: %s",
+            len(idle),
+            len(own),
+            _some(idle),
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _tags(data: DataArgs) -> Tags | None:
@@ -90,8 +141,7 @@ def flipped(data: DataArgs, items: Sequence[Item]) -> frozenset[str]:
         if data.keep_sides and any(sided.search(caption) for caption in (item.caption, *item.captions))
     ]
     if kept:
-        more = f" and {len(kept) - 20} more" if len(kept) > 20 else ""
-        log.info("never mirrored, as a caption has a word of data.keep_sides: %s%s", ", ".join(kept[:20]), more)
+        log.info("never mirrored, as a caption has a word of data.keep_sides: %s", _some(kept))
     return frozenset(item.name for item in items) - frozenset(kept)
 
 

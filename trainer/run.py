@@ -56,7 +56,7 @@ from trainer.optim import moved
 from trainer.ranks import Ranks, RanksError
 from trainer.rundir import RunDir, atomic_write
 from trainer.seed import derive
-from trainer.types import Adapter, Cond, HasScales, ModelFamily, Predict, Step
+from trainer.types import Adapter, Cond, HasScales, ModelFamily, Predict, Samples, Step, Watch
 
 _Model = TypeVar("_Model", CaptionModelArgs, TriggerModelArgs)
 
@@ -311,6 +311,7 @@ def _run(
     assert args.runtime.steps is not None  # resolved
     tell = Listeners(None, hooks)
     tell.say("on_model", ModelLoaded(family, engine.device))
+    watch = _watching(args, family)
     adapters = _adapters(args, items, parts)
     try:
         objective = parts.objective(args.objective, family.path, _frozen(family, adapters))
@@ -319,7 +320,7 @@ def _run(
     shown = args, run_dir, family, engine.device, items, engine.here.share
     try:
         dataset = material.dataset(*shown)  # before an adapter is attached
-    except (mixture.MixtureError, concepts.ConceptError) as error:
+    except (mixture.MixtureError, concepts.ConceptError, material.MaterialError) as error:
         raise RunError(str(error)) from error
     try:
         components = {adapter.component: adapter.attach(family) for adapter in adapters}
@@ -352,6 +353,8 @@ def _run(
         max_grad_norm={name: args.optim.clip(getattr(args.optim, name)) for name in components},
         seed=args.runtime.seed,
         engine=engine,
+        encode_base=_base_encoder(args, family, adapters),
+        watch=watch,
     )
 
 
@@ -363,12 +366,57 @@ def _frozen(family: ModelFamily, adapters: Sequence[Adapter]) -> Predict:
     """The family's prediction with the adapters off, without gradients."""
 
     def predict(xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        with torch.no_grad(), ExitStack() as off:
-            for adapter in adapters:
-                off.enter_context(adapter.disabled())
+        with _bare(adapters):
             return family.predict(xt, t, cond)
 
     return predict
+
+
+@contextmanager
+def _bare(adapters: Sequence[Adapter]) -> Generator[None]:
+    """Inside, the family is the base, without gradients."""
+    with torch.no_grad(), ExitStack() as off:
+        for adapter in adapters:
+            off.enter_context(adapter.disabled())
+        yield
+
+
+def _base_encoder(
+    args: TrainArgs, family: ModelFamily, adapters: Sequence[Adapter]
+) -> Callable[[Sequence[str]], Cond] | None:
+    """Captions as the base itself reads them, where an objective keeps what it predicts and training changes that.
+
+    A prior's captions hold no trigger: learned rows do not change them, trained text encoders do.
+    """
+    kept = args.objective
+    changed = args.adapter.text.train or (args.text.tokens and not kept.prior_weight)
+    if not changed or not (kept.mask_prior or kept.prior_weight):
+        return None
+
+    def encode(captions: Sequence[str]) -> Cond:
+        with _bare(adapters):
+            return family.encode(captions)
+
+    return encode
+
+
+def _watching(args: TrainArgs, family: ModelFamily) -> Callable[[Samples], Watch] | None:
+    """Has what the denoiser looks at for each picture's trigger observed, where the objective asks.
+
+    Raises:
+        BaseModelError: the base has no cross-attention of the resolution that is asked for.
+    """
+    wanted = args.objective.attention
+    if not wanted.weight:
+        return None
+    with family.attention_maps(torch.zeros(1, 1, dtype=torch.bool), wanted.cell):
+        pass  # it is there
+
+    def watch(samples: Samples) -> Watch:
+        places = family.token_places(samples.captions, samples.triggers)
+        return lambda: family.attention_maps(places, wanted.cell)
+
+    return watch
 
 
 def _adapters(args: TrainArgs, items: Sequence[Item], parts: _Parts) -> list[Adapter]:

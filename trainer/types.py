@@ -40,8 +40,12 @@ class Samples:
     names: tuple[str, ...]  # picture names, for messages
     mask: Tensor | None = None  # [B, 1, H, W] in 0..1
     prior: tuple[str, ...] = ()  # the captions with a class word for the trigger; empty when no prior is kept
+    triggers: tuple[str, ...] = ()  # of each picture's concept, "" for none; empty where nobody asks
     weight: Tensor | None = None  # [B], factors of the loss
     sizes: Tensor | None = None  # [B, 6] pixels: original height, width, crop top, left, target height, width
+
+
+Watch = Callable[[], AbstractContextManager[Callable[[], Tensor]]]  # of ModelFamily.attention_maps
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,11 @@ class Batch:
     generator: torch.Generator
     mask: Tensor | None = None  # [B, 1, H, W] in 0..1
     prior: Cond | None = None  # of Samples.prior
+    base: Cond | None = (
+        None  # for the frozen model: of prior, else of the captions; None: it reads what cond was made of
+    )
     weight: Tensor | None = None  # [B], factors of the loss
+    watch: Watch | None = None  # for the tokens of each picture's trigger; None: args ask for none
     probe: Probe | None = None  # None: nobody asks
 
 
@@ -138,6 +146,18 @@ class ModelFamily(Protocol):
     def encode(self, captions: Sequence[str]) -> Cond: ...
     def encode_images(self, pixels: Tensor) -> Tensor:
         """[B, 3, h, w] in -1..1 -> scaled posterior means [B, C, H, W]."""
+        ...
+
+    def token_places(self, captions: Sequence[str], words: Sequence[str]) -> Tensor:
+        """[B, L] bool: which tokens of `encode`'s hidden states the word of each caption became; none for ""."""
+        ...
+
+    def attention_maps(self, places: Tensor, cell: int) -> AbstractContextManager[Callable[[], Tensor]]:
+        """Inside, predictions are watched: what it gives, called after one, is where `places` [B, L] were looked at.
+
+        That is [B, h, w], h = H / cell, with gradients: cross-attention's probabilities, added up over the places, mean
+        over heads and the layers of that resolution. BaseModelError where there are none.
+        """
         ...
 
     def predict(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:

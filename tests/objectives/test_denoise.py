@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.args import ObjectiveArgs
-from trainer.objectives.denoise import Denoise, masked_mean, outside_mean
+from trainer.objectives.denoise import Denoise, astray, masked_mean, outside_mean
 from trainer.objectives.levels import draw_timesteps
 from trainer.objectives.noise import draw_noise
 from trainer.objectives.weights import weight_of
@@ -219,6 +221,16 @@ def test_outside_the_mask_the_target_is_the_frozen_models_prediction() -> None:
     assert frozen.cond is words  # the class words say what the base would draw there
 
 
+def test_the_frozen_model_reads_what_the_base_itself_reads() -> None:
+    x0, frozen, predict = torch.full((2, 1, 2, 2), 3.0), Recorder(0.75), Recorder(0.25)
+    live, words, own = (Cond(torch.full((2, 1, 1), float(i))) for i in range(3))
+    given = replace(batch(x0, MASK), cond=live, base=own)
+    kept(1, frozen, mask_prior=1.0)(predict, given)
+    assert (frozen.cond, predict.cond) == (own, live)
+    kept(1, frozen, prior_weight=1.0)(predict, replace(given, prior=words))
+    assert (frozen.cond, predict.cond) == (own, words)  # of the prior, what is trained reads as it does by now
+
+
 def test_the_prior_outside_a_mask_moves_only_what_is_outside() -> None:
     prediction = torch.zeros(2, 1, 2, 2, requires_grad=True)
 
@@ -329,3 +341,56 @@ def test_a_probe_is_told_in_turn_and_what_it_says_is_trained() -> None:
     torch.testing.assert_close(loss.terms["prior"], torch.tensor(0.25**2))
     torch.testing.assert_close(loss.terms["prior_weighted"], torch.tensor(2 * 0.25**2))
     torch.testing.assert_close(loss.total, loss.terms["weighted"] + loss.terms["prior_weighted"])
+
+
+MAPS = torch.tensor([[[0.3, 0.1], [0.4, 0.2]], [[0.0, 0.0], [0.0, 0.0]], [[0.5, 0.1], [0.1, 0.1]]])
+HALVES = torch.zeros(3, 1, 4, 4)
+HALVES[0, :, :2, :2], HALVES[0, :, 2:, 0], HALVES[1, :, 0] = 1.0, 1.0, 1.0  # the third is empty: unmasked
+
+
+def test_what_is_looked_at_outside_the_mask() -> None:
+    whole = torch.ones(3, 1, 4, 4)
+    # of the first: 0.3 whole, half of 0.4, in 1.0
+    torch.testing.assert_close(astray(MAPS, HALVES), torch.tensor([0.25, 0.0, 0.0]))
+    torch.testing.assert_close(astray(2 * MAPS, HALVES), torch.tensor([0.25, 0.0, 0.0]))
+    torch.testing.assert_close(astray(MAPS, whole), torch.zeros(3), atol=1e-7, rtol=0)
+
+
+def test_what_is_looked_at_moves_into_the_mask_and_nothing_else_has_a_gradient() -> None:
+    maps = MAPS.clone().requires_grad_()
+    astray(maps, HALVES).sum().backward()
+    assert maps.grad is not None
+    # (1 - s)^2, s = (0.3 + 0.2) / 1: -2 (1 - s) (m - s), whatever the total
+    torch.testing.assert_close(maps.grad[0], torch.tensor([[-0.5, 0.5], [0.0, 0.5]]))
+    assert maps.grad[1:].abs().max() == 0
+
+
+def watch(told: list[str]) -> Callable[[], Any]:
+    @contextmanager
+    def watching() -> Generator[Callable[[], Tensor]]:
+        told.append("begin")
+        yield lambda: told.append("looked") or MAPS
+        told.append("end")
+
+    return watching
+
+
+def test_the_objective_watches_its_own_prediction_and_adds_what_strays() -> None:
+    x0, told = torch.ones(3, 1, 4, 4), list[str]()
+
+    class Told(Recorder):
+        def __call__(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            told.append("predict")
+            return super().__call__(xt, t, cond)
+
+    words = Cond(torch.ones(3, 1, 1))
+    given = replace(batch(x0, HALVES), prior=words, watch=watch(told))
+    loss = kept(1, Recorder(0.5), prior_weight=1.0, attention={"weight": 3.0})(Told(0.25), given)
+    assert told == ["begin", "predict", "end", "looked", "predict"]
+    terms = loss.terms
+    torch.testing.assert_close(terms["attention"], torch.tensor(0.25 / 3))
+    torch.testing.assert_close(terms["attention_weighted"], torch.tensor(0.25))
+    torch.testing.assert_close(loss.total, terms["weighted"] + terms["prior_weighted"] + 0.25)
+    plain = kept(1, Recorder(0.5), prior_weight=1.0)(Recorder(0.25), replace(batch(x0, HALVES), prior=words))
+    assert "attention" not in plain.terms
+    torch.testing.assert_close(loss.total, plain.total + 0.25)

@@ -23,7 +23,7 @@ from trainer.args.hooks import (
 )
 from trainer.args.masks import DetectArgs, MaskArgs, PersonArgs
 from trainer.args.model import ModelArgs
-from trainer.args.objective import DistanceArgs, LevelsArgs, NoiseArgs, ObjectiveArgs, WeightArgs
+from trainer.args.objective import AttentionArgs, DistanceArgs, LevelsArgs, NoiseArgs, ObjectiveArgs, WeightArgs
 from trainer.args.optim import CURVES, PIVOTS, ComponentOptim, CurveArgs, OptimArgs, RowsOptim, RuleArgs, TextOptim
 from trainer.args.runtime import RuntimeArgs, SampleArgs
 from trainer.args.section import Probability, Section, SwitchedArgs
@@ -35,6 +35,7 @@ __all__ = [
     "PIVOTS",
     "ActivationsArgs",
     "AdapterArgs",
+    "AttentionArgs",
     "AugmentArgs",
     "CaptionModelArgs",
     "CollapseArgs",
@@ -91,7 +92,12 @@ class TrainArgs(Section):
 
     @model_validator(mode="after")
     def _masks_are_on(self) -> TrainArgs:
-        for option, value in (("mask_floor", self.objective.mask_floor), ("mask_prior", self.objective.mask_prior)):
+        given = self.objective
+        for option, value in (
+            ("mask_floor", given.mask_floor),
+            ("mask_prior", given.mask_prior),
+            ("attention.weight", given.attention.weight),
+        ):
             if value and not self.data.masks:
                 raise ValueError(
                     f"objective.{option} is {value:g}, but data.masks is off: there is nothing outside a mask; turn "
@@ -108,11 +114,6 @@ class TrainArgs(Section):
     def _something_trains(self) -> TrainArgs:
         if self.adapter.kind == "none" and self.text.tokens == 0:
             raise ValueError("nothing would be trained: adapter.kind is none and text.tokens is 0; set one of them")
-        if self.objective.prior_weight and self.adapter.text.train:
-            raise ValueError(
-                "objective.prior_weight keeps what class_words are drawn as before training, but adapter.text.train "
-                "changes how they are read; turn one of them off"
-            )
         data, concepts = self.data, self.data.concepts.values()
         words = bool(self.text.init_words) or (bool(concepts) and all(concept.init_words for concept in concepts))
         if self.text.init == "words" and self.text.tokens and not words:

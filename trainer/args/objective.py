@@ -96,6 +96,30 @@ class NoiseArgs(Section):
     )
 
 
+class AttentionArgs(Section):
+    """Where the denoiser looks at the trigger's tokens, by masks."""
+
+    weight: float = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        description="weight of the trigger's cross-attention that falls outside a picture's mask; 0 is off",
+    )
+    cell: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="latents; side of what one element of an attention map stands for: the layers of that resolution "
+        "count (4 is 16 x 16 at 512 px, which SD1.5 and SDXL have)",
+    )
+
+    @model_validator(mode="after")
+    def _is_on(self) -> AttentionArgs:
+        if self.cell != 4 and not self.weight:
+            raise ValueError("attention.cell is given, but attention.weight is 0: give a weight, or leave cell out")
+        return self
+
+
 class ObjectiveArgs(Section):
     kind: str = Field("denoise", description="objective: a name of trainer.objectives")
     levels: LevelsArgs = Field(
@@ -108,6 +132,9 @@ class ObjectiveArgs(Section):
         default_factory=lambda: DistanceArgs.model_validate({}), description="how an error is measured"
     )
     noise: NoiseArgs = Field(default_factory=lambda: NoiseArgs.model_validate({}), description="what else is drawn")
+    attention: AttentionArgs = Field(
+        default_factory=lambda: AttentionArgs.model_validate({}), description="where the trigger's tokens are looked at"
+    )
     min_snr_gamma: float | None = Field(
         None, gt=0, description="clip of the min-SNR weighting, 5 in the paper [default: off]"
     )

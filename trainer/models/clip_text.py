@@ -6,6 +6,7 @@ Shapes: B prompts, L tokens.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,23 @@ class Tokens:
             else:
                 rows[i] = row + [tokenizer.pad_token_id] * (length - len(row))
         return torch.tensor(rows)
+
+
+def places(tokenizer: Any, prompts: Sequence[str], words: Sequence[str]) -> Tensor:
+    """[B, L] bool: which of `Tokens.ids` the word of each prompt became, at each of its places; none for an empty word.
+
+    A word counts where no letter or digit touches it; one may be several tokens.
+    """
+    length: int = tokenizer.model_max_length
+    found = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for row, (prompt, word) in enumerate(zip(prompts, words, strict=True)):
+        if not word:
+            continue
+        spans = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt)]
+        offsets: list[tuple[int, int]] = tokenizer(prompt, return_offsets_mapping=True).offset_mapping
+        for place, (start, end) in enumerate(offsets[: length - 1]):  # a prompt that is cut ends in its end token
+            found[row, place] = any(start < last and first < end for first, last in spans)
+    return found
 
 
 def fit(tokenizer: Any, text: Any) -> None:

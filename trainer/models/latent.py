@@ -6,7 +6,7 @@ Shapes: B pictures, C latent channels, H W latent height and width, L tokens, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from trainer.args import ModelArgs
 from trainer.models import parts, sniff
 from trainer.models.attention import use_xformers
-from trainer.models.clip_text import Tokens, fit
+from trainer.models.attention_maps import watched
+from trainer.models.clip_text import Tokens, fit, places
 from trainer.models.parts import Parts
 from trainer.models.weights import Weights
 from trainer.path import NoisePath
@@ -91,6 +92,20 @@ class LatentFamily:
         place = {prompt: i for i, prompt in enumerate(unique)}
         rows = [place[prompt] for prompt in prompts]
         return Cond(cond.hidden[rows], None if cond.pooled is None else cond.pooled[rows])
+
+    def token_places(self, captions: Sequence[str], words: Sequence[str]) -> Tensor:
+        """[B, L] bool: which tokens of `encode`'s hidden states each caption's word became, in any of the towers.
+
+        Args:
+            words: one for each caption, before any rule; "" for none.
+        """
+        prompts, expanded = [self.expand(caption) for caption in captions], [self.expand(word) for word in words]
+        each = [places(tokenizer, prompts, expanded) for tokenizer in self.tokenizers.values()]
+        return torch.stack(each).any(0)
+
+    def attention_maps(self, places: Tensor, cell: int) -> AbstractContextManager[Callable[[], Tensor]]:
+        """See `trainer.models.attention_maps.watched`."""
+        return watched(self._unet, places, cell)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.args import ObjectiveArgs
@@ -34,11 +37,12 @@ class Denoise:
     def __call__(self, predict: Predict, batch: Batch) -> Loss:
         """Total: the weighted loss and its extra terms, each times its weight.
 
-        Terms: raw, the plain mean squared error, and weighted, what pictures are trained on; where they are kept,
-        prior and outside, before their weights, and prior_weighted and outside_weighted, after.
+        Terms: raw, the plain mean squared error, and weighted, what pictures are trained on; where they are asked
+        for, attention, prior and outside, before their weights, and attention_weighted and so on, after.
 
         The prior is kept as in Learning without Forgetting (arXiv 1606.09282): on the same noisy pictures, with a
         class word for the trigger, the prediction stays what it is without the adapters. No class pictures are needed.
+        The frozen model reads `batch.base` where text is trained: what it says must not move with what is trained.
         """
         args, x0, probe = self.args, batch.latents, batch.probe
         t = self._timesteps(batch) if probe is None else probe.timesteps(self._timesteps(batch))
@@ -46,18 +50,24 @@ class Denoise:
         xt = self.path.noisy(x0, perturbed(eps, args.noise.perturbation, batch.generator), t)
         cond = noisy_condition(batch.cond, args.noise.condition, batch.generator)
         t_there, target = t.to(x0.device), self.path.target_of(x0, eps, t)
-        pred = predict(xt, t_there, cond)
+        with nullcontext() if batch.watch is None else batch.watch() as looks:
+            pred = predict(xt, t_there, cond)
         if probe is not None:
             pred = probe.prediction(pred, xt, t_there, cond, target)
         total = self._per_picture(pred, target, t, batch).mean()
         terms = {"raw": ((pred.detach().float() - target.float()) ** 2).flatten(1).mean(1).mean()}
         terms["weighted"] = total.detach()
-        kept = None if batch.prior is None else self.frozen(xt, t_there, batch.prior)
-        if args.mask_prior and batch.mask is not None:
-            there = self.frozen(xt, t_there, batch.cond) if kept is None else kept
-            outside = outside_mean(distance(pred, there, args.distance, self.path, t), batch.mask).mean()
-            total = _joined(total, terms, "outside", outside, args.mask_prior)
-        if batch.prior is not None and kept is not None:
+        if looks is not None and batch.mask is not None:
+            looked = astray(looks(), batch.mask).mean()
+            total = _joined(total, terms, "attention", looked, args.attention.weight)
+        outside = batch.mask if args.mask_prior else None
+        if outside is None and batch.prior is None:
+            return Loss(total, terms)
+        kept = self.frozen(xt, t_there, batch.base or batch.prior or batch.cond)
+        if outside is not None:
+            held = outside_mean(distance(pred, kept, args.distance, self.path, t), outside).mean()
+            total = _joined(total, terms, "outside", held, args.mask_prior)
+        if batch.prior is not None:
             prior = distance(predict(xt, t_there, batch.prior), kept, args.distance, self.path, t).mean()
             total = _joined(total, terms, "prior", prior, args.prior_weight)
         return Loss(total, terms)
@@ -114,3 +124,19 @@ def outside_mean(error: Tensor, mask: Tensor) -> Tensor:
     weight = torch.where(empty, torch.zeros_like(mask), 1.0 - mask).expand_as(error)
     area = weight.flatten(1).sum(1)
     return (weight * error).flatten(1).sum(1) / torch.where(area == 0, torch.ones_like(area), area)
+
+
+def astray(maps: Tensor, mask: Tensor) -> Tensor:
+    """[B]: (1 - sum(m a) / sum(a))^2, a a map of what is looked at; the energy of arXiv 2304.03373, by a mask.
+
+    0 for a picture whose map is 0 everywhere, whose caption lacks the word, or whose mask is empty, which is unmasked.
+
+    Args:
+        maps: [B, h, w], 0 or more.
+        mask: [B, 1, H, W] in 0..1, averaged over each place of a map.
+    """
+    inside = F.adaptive_avg_pool2d(mask, (maps.shape[1], maps.shape[2]))[:, 0]
+    looked = maps.flatten(1).sum(1)
+    counts = (looked > 0) & (mask.flatten(1).sum(1) > 0)
+    share = (inside * maps).flatten(1).sum(1) / torch.where(counts, looked, torch.ones_like(looked))
+    return torch.where(counts, 1.0 - share, torch.zeros_like(share)) ** 2
