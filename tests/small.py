@@ -118,6 +118,7 @@ class Rows:
 
 
 class CPU:
+    name = "engine"
     device = torch.device("cpu")
     rank = 0
     processes = 1
@@ -133,6 +134,15 @@ class CPU:
 
     def average(self, parameters: Sequence[Any]) -> None:
         """Of one process."""
+
+    def settled(self, finite: bool) -> bool:
+        return finite
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """There is none."""
 
 
 def items(sizes: Sequence[tuple[int, int]]) -> list[Item]:

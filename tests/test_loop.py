@@ -247,6 +247,32 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm() -> No
     assert equal(tensors(run), before)
 
 
+def test_an_update_whose_gradients_overflow_is_left_out_where_the_engine_can_go_on() -> None:
+    class Once(CPU):
+        """Overflows in the first of the updates, and adapts."""
+
+        def backward(self, loss: Tensor) -> None:
+            (loss if told else loss * math.inf).backward()
+
+        def settled(self, finite: bool) -> bool:
+            told.append(finite)
+            return True
+
+    told: list[bool] = []
+
+    run = make_run(steps=3)
+    run.engine = Once()
+    before = tensors(run)
+    steps = train(run)
+    next(steps)
+    assert equal(tensors(run), before)
+    assert all(p.grad is None for named in run.components.values() for _, p in named)
+    next(steps)
+    assert not equal(tensors(run), before)
+    assert [step.step for step in steps] == [3]
+    assert told == [False, True, True]
+
+
 def test_processes_share_the_pictures_out_between_them() -> None:
     seen: list[list[int]] = []
     for rank in (0, 1):

@@ -75,6 +75,38 @@ def test_fp16_carries_gradients_that_half_precision_cannot_hold() -> None:
     assert parameter.grad.tolist() == pytest.approx([2e-8] * 3, rel=0.02)
 
 
+def test_the_loss_scale_of_fp16_adapts_as_torchs_does_and_is_kept() -> None:
+    """GradScaler halves at once and doubles after 2000 sound updates; its own arithmetic is asked, on the CPU."""
+    runtime = cli.validate({"data": {"source": "x"}, "runtime": {"device": "cpu"}}).runtime
+    engine, torchs = run.Engine(runtime, "fp16"), torch.amp.GradScaler("cpu", backoff_factor=0.5)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    sound = [False, False, *[True] * 2001, False, *[True] * 2000]
+    for finite in sound:
+        assert engine.settled(finite)
+        torchs.scale(weight.sum() * (1.0 if finite else torch.inf)).backward()
+        torchs.step(optimizer)
+        torchs.update()
+        optimizer.zero_grad()
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.register_hook(lambda gradient: scales.append(gradient.item()))
+    scales: list[float] = []
+    engine.backward(parameter.sum())
+    assert scales == [torchs.get_scale()]
+    other = run.Engine(runtime, "fp16")
+    other.load_state_dict(engine.state_dict())
+    other.backward(parameter.sum())
+    assert scales[0] == scales[1] == 2.0**15
+    for _ in range(15):
+        assert other.settled(False)
+    assert not other.settled(False), "at a scale of 1 there is nothing to lower"
+    plain = run.Engine(runtime, "fp32")
+    assert plain.settled(True)
+    assert not plain.settled(False)
+    assert not plain.state_dict()
+    engine.release()
+
+
 def augmented(base: Path, pictures: Path, out: Path) -> dict[str, object]:
     for picture in sorted(pictures.glob("*.png"))[:3]:
         mask = Image.new("L", Image.open(picture).size, 60)

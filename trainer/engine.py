@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor, distributed, nn
 from trainer.args import RuntimeArgs
 from trainer.ranks import Ranks, launched
 
-FP16_LOSS_SCALE = 1024.0
+FP16_LOSS_SCALE = 2.0**16  # that a run begins with, as torch's GradScaler
+GROWTH_INTERVAL = 2000  # updates in a row without an overflow after which it is doubled, as there
+
+log = logging.getLogger(__name__)
 
 
 class EngineError(ValueError):
@@ -43,7 +47,10 @@ class Engine:
                 f"Accelerate sees {self._accelerator.num_processes} processes where {self.processes} were started; "
                 "start them with torchrun or accelerate launch, and with --runtime.device cpu if no GPU is to be used"
             )
-        self._scale = FP16_LOSS_SCALE if dtype == "fp16" else 1.0
+        self.name = "engine"  # in checkpoints
+        self._scaled = dtype == "fp16"
+        self._scale = FP16_LOSS_SCALE if self._scaled else 1.0
+        self._sound = 0  # updates in a row without an overflow
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self._accelerator.autocast()
@@ -59,8 +66,36 @@ class Engine:
 
     def watch(self, parameter: nn.Parameter) -> None:
         """With fp16 weights small gradients would vanish on their way: they travel scaled and arrive unscaled."""
-        if self._scale != 1.0:
+        if self._scaled:
             parameter.register_hook(self._unscaled)
+
+    def settled(self, finite: bool) -> bool:
+        """Told once an update whether all gradients are finite; whether the run can go on.
+
+        With fp16 weights the loss scale adapts (arXiv 1710.03740): after an overflow it is halved and the update left
+        out, after GROWTH_INTERVAL sound updates it is doubled.
+        """
+        if finite:
+            self._sound += 1
+            if self._scaled and self._sound % GROWTH_INTERVAL == 0:
+                self._scale *= 2.0
+            return True
+        self._sound = 0
+        if self._scale <= 1.0:
+            return False
+        self._scale /= 2.0
+        log.info(
+            "gradients overflowed in fp16: the update is left out, and the loss scale is %g from now on", self._scale
+        )
+        return True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to scale alike."""
+        return {"scale": torch.tensor([self._scale, self._sound], dtype=torch.float64)} if self._scaled else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """What state_dict gave."""
+        self._scale, self._sound = float(state["scale"][0]), int(state["scale"][1])
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
         return gradient / self._scale

@@ -23,7 +23,7 @@ from trainer.listeners import Listeners
 from trainer.optim import Rates, logged
 from trainer.optim import step as step_of
 from trainer.seed import derive
-from trainer.types import Adapter, Batch, Cond, Hook, ModelFamily, Objective, Samples, Step, Watch
+from trainer.types import Adapter, Batch, Cond, Hook, Keeps, ModelFamily, Objective, Samples, Step, Watch
 
 
 class Micros(Protocol):
@@ -32,7 +32,7 @@ class Micros(Protocol):
     def micro(self, index: int) -> Samples: ...
 
 
-class Engine(Protocol):
+class Engine(Keeps, Protocol):
     """Where and how the arithmetic runs: device, precision, processes."""
 
     device: torch.device
@@ -47,6 +47,10 @@ class Engine(Protocol):
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Makes the gradients of each process the mean over all."""
+        ...
+
+    def settled(self, finite: bool) -> bool:
+        """Told whether all gradients are finite; whether the run can go on, without this update where they are not."""
         ...
 
 
@@ -100,11 +104,14 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
             run.lr[component].hold(optimizer, update / run.steps)
         norms = {component: _clip(run, component) for component in run.components}
         names = [name for micro in micros for name in micro.names]
-        for component, norm in norms.items():
-            if not math.isfinite(norm):
-                raise NonFiniteLoss(f"the gradient of {component}", update + 1, names)
-        rates = {component: run.lr[component](update / run.steps) for component in run.optimizers}
-        _update(run, tell, update, tell(RatesSet(update, rates)).lr)
+        broken = [component for component, norm in norms.items() if not math.isfinite(norm)]
+        if not run.engine.settled(not broken):
+            raise NonFiniteLoss(f"the gradient of {broken[0]}", update + 1, names)
+        if not broken:
+            rates = {component: run.lr[component](update / run.steps) for component in run.optimizers}
+            _update(run, tell, update, tell(RatesSet(update, rates)).lr)
+        for optimizer in run.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
         step = Step(
             step=update + 1,
             images=len(names),
@@ -172,8 +179,6 @@ def _update(run: Run, tell: Listeners, update: int, lr: Mapping[str, float]) -> 
     for optimizer in run.optimizers.values():
         step_of(optimizer)
     tell(AfterUpdate(update))
-    for optimizer in run.optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
 
 
 def _clip(run: Run, component: str) -> float:

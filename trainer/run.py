@@ -288,7 +288,7 @@ def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engi
         environment.check(run_dir.env, family)
         marks = moved.marks(run.components)
         if start:
-            checkpoint.load(run_dir.checkpoint(start), run.adapters, run.optimizers, digest(args), hooks)
+            checkpoint.load(run_dir.checkpoint(start), run.adapters, run.optimizers, digest(args), [*hooks, engine])
         engine.equalise([parameter for named in run.components.values() for _, parameter in named])
         log.info("%s: %d pictures, step %d of %d, on %s", run_dir.root, len(items), start, run.steps, _where(engine))
         undo.pop_all()  # whoever has the session closes it

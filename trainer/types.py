@@ -238,7 +238,7 @@ class Hook(Protocol):
 
 
 class Keeps(Protocol):
-    """A hook with tensors that a checkpoint must hold. Its name is unique in a run, and fit for a file's name."""
+    """What has tensors that a checkpoint must hold, such as a hook. Its name is unique in a run, and fits a file."""
 
     @property
     def name(self) -> str: ...

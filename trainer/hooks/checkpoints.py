@@ -87,7 +87,7 @@ class Checkpoints(Hook):
         if run.engine.rank > 0:
             return path
         if not path.exists():
-            keepers = [hook for hook in run.hooks if isinstance(hook, Hook)]
+            keepers = [*(hook for hook in run.hooks if isinstance(hook, Hook)), run.engine]
             checkpoint.save(path, step, run.adapters, run.optimizers, digest(self.context.args), keepers)
             log.info("checkpoint %s", path)
             Listeners(run, run.hooks)(CheckpointSaved(step, path))
