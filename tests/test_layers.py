@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer", "trainer.args", "trainer.types", "trainer.path", "trainer.registry", "trainer.rundir", "trainer.seed",
      "trainer.cli", "trainer.console", "trainer.extras", "trainer.progress", "trainer.share", "trainer.ranks",
-     "trainer.view", "trainer.events", "trainer.updates"),
+     "trainer.view", "trainer.events", "trainer.updates", "trainer.schedulers"),
     ("trainer.models", "trainer.adapters", "trainer.objectives", "trainer.optim", "trainer.dataset", "trainer.cache",
      "trainer.layouts",
      "trainer.mixture",
@@ -47,6 +47,7 @@ NO_TORCH = (
     "trainer.progress",
     "trainer.ranks",
     "trainer.view",
+    "trainer.schedulers",
     "preprocess",
 )
 LONGEST_FUNCTION = 90  # lines; 3-40 are usual

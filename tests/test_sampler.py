@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
-from trainer import sampler
+from trainer import registry, sampler
 from trainer.adapters.lora import LoRA
 from trainer.adapters.textual_inversion import TextualInversion
 from trainer.args import AdapterArgs, ModelArgs, TextArgs
+from trainer.models import FAMILIES, sniff
 from trainer.models.sd15 import SD15
 
 PROMPTS = ["a red star", "a blue circle on a green background"]
 
 
+def loaded(base: Path) -> Any:
+    args = sniff.named(ModelArgs(base=str(base)))
+    return registry.load(FAMILIES, args.family, "model.family").load(args, torch.device("cpu"))
+
+
 @pytest.fixture
 def family(tiny_base: Path) -> SD15:
-    return SD15.load(ModelArgs(base=str(tiny_base)), torch.device("cpu"))
+    return loaded(tiny_base)
 
 
 def strong_lora(family: SD15, dropout: float = 0.0) -> LoRA:
@@ -118,6 +131,100 @@ def test_modes_are_put_back_after_a_failure(family: SD15) -> None:
     assert {layer.scaling["default"] for layer in family.denoiser.modules() if hasattr(layer, "scaling")} == {1.0}
 
 
+@pytest.mark.parametrize("base", ["tiny_base", "tiny_sdxl"])
+@pytest.mark.parametrize("scheduler", ["euler_a", "dpm++_2m_sde_karras", "heun"])
+def test_a_seed_is_a_picture_in_any_company(base: str, scheduler: str, request: pytest.FixtureRequest) -> None:
+    on = loaded(request.getfixturevalue(base))
+    options: dict[str, Any] = {"scheduler": scheduler, "steps": 3}
+    alone = pixels(generate(on, ["a red star"], seeds=[7], **options))
+    among = generate(on, ["a blue circle", "", "a red star"], seeds=[1, 2, 7], **options)
+    assert abs(pixels(among[2:]) - alone).max() <= 1
+    assert np.array_equal(pixels(generate(on, ["", "a red star"], seeds=[2, 7], batch=1, **options))[1:], alone)
+    assert not np.array_equal(pixels(generate(on, ["a red star"], seeds=[8], **options)), alone)
+
+
+@pytest.mark.parametrize("base", ["tiny_base", "tiny_sdxl"])
+def test_a_scheduler_is_the_stock_pipelines(base: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(base)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    told = {"negative_prompt": "a square", "num_inference_steps": 3, "guidance_scale": 3.0, "guidance_rescale": 0.7}
+    generator = torch.Generator().manual_seed(5)
+    expected = pipe("a red star", width=48, height=32, generator=generator, **told).images
+    asked: dict[str, Any] = {"negative": "a square", "scheduler": "euler_a", "width": 48, "height": 32}
+    ours = generate(loaded(folder), ["a red star"], seeds=[5], rescale=0.7, **asked)
+    assert np.array_equal(pixels(ours), pixels(expected))
+    assert not np.array_equal(pixels(generate(loaded(folder), ["a red star"], seeds=[5], **asked)), pixels(expected))
+
+
+def photo(width: int = 32, height: int = 32) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+@pytest.mark.parametrize("base", ["tiny_base", "tiny_sdxl"])
+def test_a_picture_to_begin_with_is_the_stock_pipelines(base: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(base)
+    pipe: Any = AutoPipelineForImage2Image.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    told = {"negative_prompt": ["", ""], "num_inference_steps": 4, "guidance_scale": 3.0, "strength": 0.5}
+    expected = pipe(["a red star", "a star"], image=[photo(), photo()], generator=generators, **told).images
+    on, start = loaded(folder), sampler.Start(photo(), 0.5)
+    ours = generate(on, ["a red star", "a star"], seeds=[5, 6], steps=4, start=start)
+    assert np.array_equal(pixels(ours), pixels(expected))
+    assert generate(on, ["a"], steps=4, start=sampler.Start(photo(64, 40), 0.5))[0].size == (64, 40)
+    assert generate(on, ["a"], steps=4, start=sampler.Start(photo(65, 41), 0.5), width=32, height=40)[0].size == (
+        32,
+        40,
+    )
+
+
+@pytest.mark.parametrize("base", ["tiny_base", "tiny_sdxl"])
+def test_what_is_not_masked_stays_to_the_last_bit(base: str, request: pytest.FixtureRequest) -> None:
+    on, mask = loaded(request.getfixturevalue(base)), Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 16, 32))
+    start = sampler.Start(photo(), 1.0, mask)
+    drawn = pixels(generate(on, ["a red star"], seeds=[5], start=start))[0]
+    whole = pixels([photo()])[0]
+    assert np.array_equal(drawn[:, 16:], whole[:, 16:])
+    assert (drawn[:, :16] != whole[:, :16]).mean() > 0.9
+    pipe: Any = AutoPipelineForInpainting.from_pipe(on.pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    generator, told = torch.Generator().manual_seed(5), {"num_inference_steps": 3, "guidance_scale": 3.0}
+    images = {"image": photo(), "mask_image": mask, "strength": 1.0, "width": 32, "height": 32}
+    expected = pixels(pipe("a red star", negative_prompt="", generator=generator, **told, **images).images)[0]
+    assert np.array_equal(drawn[:, :16], expected[:, :16])
+
+
+def test_what_cannot_be_drawn_is_said(family: SD15) -> None:
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("33 x 40 pixels cannot be drawn.* divisible by 8; take a width of 32 and a height of 40",
+         {"width": 33, "height": 40}),
+        ("65 x 41 pixels", {"start": sampler.Start(photo(65, 41), 0.5)}),
+        ("0.2 of 3 steps is none", {"start": sampler.Start(photo(), 0.2)}),
+        ("Img2ImgPipeline has no guidance rescale", {"start": sampler.Start(photo(), 0.9), "rescale": 0.5}),
+        ("the mask has 8 x 8 pixels, and the picture 32 x 32",
+         {"start": sampler.Start(photo(), 1.0, Image.new("L", (8, 8)))}),
+        ("LCMScheduler makes no 60 steps", {"scheduler": "lcm", "steps": 60}),
+    ]  # fmt: skip
+    for said, options in cases:
+        with pytest.raises(sampler.SampleError, match=said):
+            generate(family, ["a"], **options)
+
+
+@pytest.mark.parametrize("scheduler", [None, "heun", "pndm"])
+def test_progress_is_told_in_steps_of_pictures(family: SD15, scheduler: str | None) -> None:
+    told: list[int] = []
+    generate(family, ["a"] * 3, batch=2, scheduler=scheduler, drawn=told.append)
+    assert sum(told) == 3 * 3
+    assert len(told) >= 6
+    told.clear()
+    generate(family, ["a"], steps=4, start=sampler.Start(photo(), 0.5), drawn=told.append)
+    assert sum(told) == 4
+
+
 def test_each_prompt_needs_a_seed(family: SD15) -> None:
     with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
         generate(family, seeds=[1])
@@ -138,6 +245,17 @@ def test_grid_places_rows_columns_and_upscales(tmp_path: Path) -> None:
     assert int((top < 100).all(axis=2).sum()) > 200  # the wrapped prompts
     assert int((array[reds[:, 0].min() :, :100] < 100).all(axis=2).sum()) > 100  # the row labels
     assert [file.name for file in path.parent.iterdir()] == ["grid.png"]
+
+
+def test_a_grid_has_room_for_its_title(tmp_path: Path) -> None:
+    red = Image.new("RGB", (32, 32), "red")
+    for name, title in (("without", ""), ("with", "a red star on a green background " * 3)):
+        sampler.grid([("1", [red])], ["seed 1"], tmp_path / f"{name}.png", title)
+    without, titled = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("without", "with"))
+    added = len(titled) - len(without)
+    assert added >= 3 * sampler.LINE
+    assert np.array_equal(titled[added + sampler.GAP :], without[sampler.GAP :])
+    assert int((titled[:added] < 100).all(axis=2).sum()) > 200
 
 
 def test_grid_without_pictures_is_refused(tmp_path: Path) -> None:

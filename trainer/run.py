@@ -32,6 +32,7 @@ from trainer import (
     places,
     registry,
     report,
+    sampler,
 )
 from trainer.adapters import ADAPTERS
 from trainer.adapters.layered import Layers
@@ -55,6 +56,7 @@ from trainer.objectives import OBJECTIVES
 from trainer.optim import moved
 from trainer.ranks import Ranks, RanksError
 from trainer.rundir import RunDir, atomic_write
+from trainer.schedulers import SchedulerError
 from trainer.seed import derive
 from trainer.types import Adapter, Cond, HasScales, ModelFamily, Predict, Samples, Step, Watch
 
@@ -257,6 +259,10 @@ def _ready(args: TrainArgs, parts: _Parts, here: Ranks) -> Generator[tuple[Model
             layouts.merge(family, args.model.merge)
         except layouts.LayoutError as error:
             raise RunError(f"model.merge: {error}") from error
+        try:
+            sampler.check(family, args.sample.steps, args.sample.width, args.sample.height, args.sample.scheduler)
+        except (sampler.SampleError, SchedulerError) as error:
+            raise RunError(f"sample: {error}") from error
         yield family, engine
     finally:
         engine.release()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,7 @@ class ClientNames:
     facts: Mapping[str, str] = field(default_factory=dict[str, str])  # more metadata of a LoRA file: ss_v2
 
 
+Task = Literal["text", "image", "inpaint"]  # what a picture is made of: words, and another picture, and its mask
 Predict = Callable[[Tensor, Tensor, Cond], Tensor]  # (xt [B,C,H,W], t [B] int64, cond) -> [B,C,H,W]
 
 
@@ -134,6 +135,7 @@ class ModelFamily(Protocol):
     tokenizers: dict[str, Any]  # the same keys
     resolution: int  # native side, pixels
     latent_scale: int  # pixels for one latent
+    picture_step: int  # pixels; both sides of a drawn picture are multiples of it
     bucket_step: int  # pixels; both sides of a picture are multiples of it
     clients: ClientNames
     prompt_rules: list[Callable[[str], str]]  # applied in order to every prompt before the tokenizer
@@ -164,8 +166,8 @@ class ModelFamily(Protocol):
         """What the network says at level t of `path`, which it is told as `path.time(t)`."""
         ...
 
-    def pipeline(self) -> Any:
-        """A stock diffusers pipeline around the live modules."""
+    def pipeline(self, task: Task = "text", scheduler: str | None = None) -> Any:
+        """A stock diffusers pipeline around the live modules, with a scheduler of `trainer.schedulers`."""
         ...
 
     def fingerprint(self, part: str) -> str:

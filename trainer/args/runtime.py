@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from trainer import schedulers
 from trainer.args.section import Section
 
 
@@ -17,8 +18,28 @@ class SampleArgs(Section):
     every: int = Field(0, ge=0, description="updates between sample rows; 0 samples before and after only")
     steps: int = Field(25, ge=1, le=1000, description="denoising steps")
     guidance: float = Field(3.0, ge=0.0, le=100.0, description="classifier-free guidance scale")
+    negative: str = Field("", description="what the pictures are guided away from [default: nothing]")
+    scheduler: str | None = Field(
+        None, description="ddim, euler, euler_a, dpm++_2m_karras, ...: see docs/sampling.md [default: the base's own]"
+    )
+    width: int | None = Field(None, ge=8, le=8192, description="pixels [default: the base's resolution]")
+    height: int | None = Field(None, ge=8, le=8192, description="pixels [default: the base's resolution]")
     seed: int = Field(1234, ge=0, description="seed of the first picture; the next have the next seeds")
     strengths: tuple[float, ...] = Field((0.5, 1.0), description="adapter strengths of the last rows of the grid")
+
+    @field_validator("scheduler")
+    @classmethod
+    def _is_known(cls, name: str | None) -> str | None:
+        return None if name is None else schedulers.known(name)
+
+    @model_validator(mode="after")
+    def _guided_away(self) -> SampleArgs:
+        if self.negative and self.guidance <= 1:
+            raise ValueError(
+                f"sample.negative is given, but sample.guidance is {self.guidance:g}: at 1 and below nothing is guided "
+                "away from; raise it, or leave negative out"
+            )
+        return self
 
 
 class RuntimeArgs(Section):

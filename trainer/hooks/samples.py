@@ -62,8 +62,10 @@ class Samples(Hook):
         """Where the pictures of a row are, one for each prompt."""
         args = self.context.args.sample
         files: list[Path] = []
+        more = args.model_dump(include={"negative", "scheduler", "width", "height"}, exclude_defaults=True)
         for column, prompt in enumerate(args.prompts):
-            key = hashlib.sha256(json.dumps([prompt, args.seed + column, args.steps, args.guidance]).encode())
+            made_from = [prompt, args.seed + column, args.steps, args.guidance, *([more] if more else [])]
+            key = hashlib.sha256(json.dumps(made_from).encode())
             files.append(self.context.dir.samples / row / f"{column:02d}_{key.hexdigest()[:8]}.png")
         return files
 
@@ -79,6 +81,10 @@ class Samples(Hook):
                 seeds=[args.seed + column for column in range(len(files))],
                 steps=args.steps,
                 guidance=args.guidance,
+                negative=args.negative,
+                width=args.width,
+                height=args.height,
+                scheduler=args.scheduler,
                 adapters=run.adapters,
                 strength=strength,
             )

@@ -5,6 +5,7 @@ Shapes: B pictures, C latent channels, H W latent height and width, L tokens, D 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from trainer import schedulers
 from trainer.args import ModelArgs
 from trainer.models import parts, sniff
 from trainer.models.attention import use_xformers
@@ -21,7 +23,9 @@ from trainer.models.clip_text import Tokens, fit, places
 from trainer.models.parts import Parts
 from trainer.models.weights import Weights
 from trainer.path import NoisePath
-from trainer.types import BaseModelError, ClientNames, Cond
+from trainer.types import BaseModelError, ClientNames, Cond, Task
+
+DIFFUSERS_STEP = 8  # pixels; its pipelines draw no other sides
 
 
 class LatentFamily:
@@ -29,7 +33,7 @@ class LatentFamily:
 
     name: str  # of FAMILIES
     title: str  # as people know it
-    pipeline_class: ClassVar[str]  # of diffusers
+    pipelines: ClassVar[Mapping[Task, str]]  # what a picture is made of -> the class of diffusers that makes it
     towers: ClassVar[Mapping[str, Any]]  # text encoder -> class of transformers
     clients: ClientNames
 
@@ -49,6 +53,7 @@ class LatentFamily:
         self._check_parts()
         self.latent_scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
         self.resolution = int(self._unet.config.sample_size) * self.latent_scale
+        self.picture_step = math.lcm(DIFFUSERS_STEP, self.latent_scale)
         self.bucket_step = self.latent_scale * 2 ** (len(self._unet.config.block_out_channels) - 1)
         for module in (self.denoiser, self.vae, *self.text_encoders.values()):
             module.eval().requires_grad_(False)
@@ -64,7 +69,7 @@ class LatentFamily:
                 cannot be had here.
         """
         sniff.check(args, cls.name)
-        base = parts.read(args, cls.pipeline_class, cls.towers)
+        base = parts.read(args, cls.pipelines["text"], cls.towers)
         for module in (*base.text_encoders.values(), base.vae, base.unet):
             module.to(device)
         folders = {name: Path(args.base) / name.replace("text_encoder", "clip") for name in cls.towers}
@@ -121,17 +126,24 @@ class LatentFamily:
         pred: Tensor = self._unet(xt.to(dtype), t, cond.hidden.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
         return pred.to(xt.dtype)
 
-    def pipeline(self) -> Any:
-        """A stock diffusers pipeline around the live modules, with the base's own sampler."""
+    def pipeline(self, task: Task = "text", scheduler: str | None = None) -> Any:
+        """A stock diffusers pipeline around the live modules.
+
+        Args:
+            scheduler: of `trainer.schedulers` [default: the base's own].
+
+        Raises:
+            SchedulerError: it is unknown, or does not fit the base.
+        """
         import diffusers  # a pipeline's import costs a second that training alone need not pay
 
-        kind: Any = getattr(diffusers, self.pipeline_class)
-        scheduler: Any = type(self._scheduler).from_config(self._scheduler.config, prediction_type=self.path.target)
+        kind: Any = getattr(diffusers, self.pipelines[task])
+        steps = schedulers.build(self._scheduler, self.path.target, scheduler)
         tokenizers = {parts.tokenizer_of(name): tokenizer for name, tokenizer in self.tokenizers.items()}
         pipe: Any = kind(
             vae=self._vae,
             unet=self._unet,
-            scheduler=scheduler,
+            scheduler=steps,
             **self.text_encoders,
             **tokenizers,
             **self._pipeline_options(),

@@ -9,7 +9,7 @@ from transformers import CLIPTextModel
 
 from trainer.models import spelling
 from trainer.models.latent import LatentFamily
-from trainer.types import BaseModelError, ClientNames, Cond
+from trainer.types import BaseModelError, ClientNames, Cond, Task
 
 
 class SD15(LatentFamily):
@@ -17,7 +17,11 @@ class SD15(LatentFamily):
 
     name = "sd15"
     title = "Stable Diffusion 1.5"
-    pipeline_class = "StableDiffusionPipeline"
+    pipelines: ClassVar[Mapping[Task, str]] = {
+        "text": "StableDiffusionPipeline",
+        "image": "StableDiffusionImg2ImgPipeline",
+        "inpaint": "StableDiffusionInpaintPipeline",
+    }
     towers: ClassVar[Mapping[str, Any]] = {"text_encoder": CLIPTextModel}
     clients = ClientNames(
         base_version="sd_v1",

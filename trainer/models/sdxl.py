@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from trainer.models import spelling
 from trainer.models.latent import LatentFamily
 from trainer.models.parts import Parts
-from trainer.types import BaseModelError, ClientNames, Cond
+from trainer.types import BaseModelError, ClientNames, Cond, Task
 
 KOHYA = {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 SIZES = 6  # original height and width, crop top and left, target height and width
@@ -33,7 +33,11 @@ class SDXL(LatentFamily):
 
     name = "sdxl"
     title = "Stable Diffusion XL"
-    pipeline_class = "StableDiffusionXLPipeline"
+    pipelines: ClassVar[Mapping[Task, str]] = {
+        "text": "StableDiffusionXLPipeline",
+        "image": "StableDiffusionXLImg2ImgPipeline",
+        "inpaint": "StableDiffusionXLInpaintPipeline",
+    }
     towers: ClassVar[Mapping[str, Any]] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
     def __init__(
