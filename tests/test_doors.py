@@ -366,16 +366,16 @@ def difference(a: bytes, b: bytes) -> int:
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ("{tmp}/x.pt", "is a pickle"),
+        ("{tmp}/x.pt", "older pickles are not read"),
         ("{tmp}/x.ckpt", "is a pickle"),
-        ("{tmp}/x.bin", "is a pickle"),
+        ("{tmp}/x.bin", "older pickles are not read"),
         ("{tmp}/none.safetensors", "does not exist"),
-        ("{tmp}/broken.safetensors", "is damaged or no .safetensors file"),
+        ("{tmp}/broken.safetensors", "is a pickle, which could run code when it is read, and no .safetensors file"),
         ("{tmp}", "is no run directory"),
         ("{tmp}/wide.safetensors", "do not fit the base"),
-        ("{tmp}/deep.safetensors", "do not fit the base"),
-        ("{tmp}/partly.safetensors", "holds updates of 2 layers, and the base took 1"),
-        ("{base}/vae/diffusion_pytorch_model.safetensors", "do not fit the base"),
+        ("{tmp}/deep.safetensors", "changes 1 layers that the base has not"),
+        ("{tmp}/partly.safetensors", "changes 1 layers that the base has not"),
+        ("{base}/vae/diffusion_pytorch_model.safetensors", "tensors that are not understood"),
     ],
 )
 def test_predict_refuses(

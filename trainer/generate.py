@@ -1,8 +1,7 @@
-"""Finished weights on a base: a run directory, a kohya or a diffusers LoRA file, an embedding -> pictures.
+"""Finished weights on a base: a run directory, files of other programs (docs/imports.md), an embedding -> pictures.
 
-A LoRA goes through diffusers' own loader, so what is drawn here is what a client of the file draws; updates that
-diffusers does not read are added to the base's weights.
-Pickles are refused: reading one runs the code in it.
+A LoRA named as our own goes through diffusers' loader, so what is drawn here is what a client of the file draws; all
+other updates are added to the base's weights. No pickle is run.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 
 from trainer import environment, layouts, registry, sampler
 from trainer.adapters.textual_inversion import Concept, TextualInversion
@@ -27,8 +25,9 @@ from trainer.models import FAMILIES, sniff
 from trainer.rundir import RunDir
 from trainer.types import ModelFamily
 
+COG_EMBEDDINGS = "embeddings.pti"  # beside lora.safetensors, of cog-sdxl
 LORA = "learned"  # the name of the LoRA inside the pipeline
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+PICKLES = (".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class GenerateError(ValueError):
@@ -39,28 +38,33 @@ class GenerateError(ValueError):
 class Weights:
     """What to put on a base."""
 
-    lora: Path | None
+    lora: Path | None  # a file, or a folder of PEFT with several parts
     embeddings: Mapping[str, Path]  # by the trigger that each stands for
     model: ModelArgs  # the base that it was trained on, where that is known
 
 
 def find(path: Path, base: str | None = None, trigger: str | None = None) -> Weights:
-    """The weights at `path`: a run directory or a .safetensors file, with the embeddings of its name beside it.
+    """The weights at `path`: a run directory, a folder of PEFT, diffusers or cog-sdxl, or a file.
+
+    A LoRA file brings the embeddings of its name beside it, and one of cog-sdxl its embeddings.pti.
 
     Args:
         base: overrides the base that the run was trained on; needed for a file unless the default base fits.
         trigger: overrides the trigger that the file names; of several embeddings each keeps its own.
     """
-    if path.is_dir():
+    if path.is_dir() and (path / "args.json").is_file():
         return _of_run(RunDir.open(path), base, trigger)
     if path.suffix.lower() in PICKLES:
         raise GenerateError(f"{path} is a pickle, which could run code when it is read; convert it to .safetensors")
-    if not path.is_file():
-        raise GenerateError(f"{path} does not exist; give a run directory or a .safetensors file")
-    alone = _is_embedding(_header(path)[0])
-    embeddings = [path] if alone else _beside(path)
     model = ModelArgs.model_validate({"base": base} if base else {})
-    return Weights(None if alone else path, _by_trigger(embeddings, trigger), model)
+    try:
+        files = layouts.files_of(path)
+        alone = path.is_file() and layouts.is_embedding(path)
+        lora = files[0][0] if len(files) == 1 else path
+        embeddings = [path] if alone else _beside(lora)
+        return Weights(None if alone else lora, _by_trigger(embeddings, trigger), model)
+    except layouts.LayoutError as error:
+        raise GenerateError(str(error)) from error
 
 
 def _of_run(run: RunDir, base: str | None, trigger: str | None) -> Weights:
@@ -89,9 +93,10 @@ class Painter:
         """
         kind: Any = registry.load(FAMILIES, sniff.named(weights.model).family, "model.family", code=code)
         self.family: ModelFamily = kind.load(weights.model, device)
-        self._lora = weights.lora is not None and layouts.is_plain_lora(_header(weights.lora)[0])
+        self._lora = False
         self._merged: layouts.Merged | None = None
         try:
+            self._lora = weights.lora is not None and layouts.is_plain_lora(weights.lora, self.family)
             layouts.merge(self.family, weights.model.merge)
             if weights.lora is not None and self._lora:
                 _put_lora(self.family, weights.lora)
@@ -103,6 +108,8 @@ class Painter:
         except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
             if isinstance(error, GenerateError):
                 raise
+            if isinstance(error, layouts.LayoutError):
+                raise GenerateError(str(error)) from error
             first = str(error).strip().splitlines()[0]
             raise GenerateError(f"the weights do not fit the base {weights.model.base!r}: {first}") from error
 
@@ -136,7 +143,7 @@ class Painter:
 
 
 def _put_lora(family: ModelFamily, path: Path) -> None:
-    keys, _ = _header(path)
+    keys = list(layouts.Opened(path))
     pipe = family.pipeline()
     pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=LORA, local_files_only=True)
     wanted = sum(key.endswith((".lora_down.weight", ".lora_A.weight")) for key in keys)
@@ -147,12 +154,7 @@ def _put_lora(family: ModelFamily, path: Path) -> None:
 
 
 def _put_rows(family: ModelFamily, paths: Mapping[str, Path]) -> None:
-    names = {family.clients.embeddings[encoder]: encoder for encoder in family.text_encoders}
-    loaded = {trigger: load_file(path) for trigger, path in paths.items()}
-    for trigger, tensors in loaded.items():
-        if tensors.keys() != names.keys():
-            held, taken = ", ".join(sorted(tensors)), ", ".join(sorted(names))
-            raise GenerateError(f"{paths[trigger]} holds {held}; this base takes {taken}")
+    loaded = {trigger: layouts.read_embedding(path, family, trigger) for trigger, path in paths.items()}
     counts = {len(tensor) for tensors in loaded.values() for tensor in tensors.values()}
     if len(counts) > 1:
         raise GenerateError(
@@ -164,27 +166,16 @@ def _put_rows(family: ModelFamily, paths: Mapping[str, Path]) -> None:
     rows.attach(family)
     rows.load_state_dict(
         {
-            f"{encoder}.rows": torch.cat([loaded[trigger][key].float() for trigger in rows.triggers])
-            for key, encoder in names.items()
+            f"{encoder}.rows": torch.cat([loaded[trigger][encoder] for trigger in rows.triggers])
+            for encoder in family.text_encoders
         }
     )
 
 
-def _header(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the tensors, and the metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys()), dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise GenerateError(f"{path} is damaged or no .safetensors file: {error}") from error
-
-
-def _is_embedding(keys: Sequence[str]) -> bool:
-    return len(keys) <= 3 and all("." not in key for key in keys)
-
-
 def _beside(lora: Path) -> list[Path]:
     """The embeddings that belong to a LoRA file: of its own name, or of the one run whose files its folder holds."""
+    if lora.name == "lora.safetensors" and (lora.parent / COG_EMBEDDINGS).is_file():
+        return [lora.parent / COG_EMBEDDINGS]
     if lora.name != "pytorch_lora_weights.safetensors":
         return _of_name(lora.parent, lora.stem)
     every = sorted(lora.parent.glob("*_embedding.safetensors"))
@@ -199,7 +190,12 @@ def _of_name(folder: Path, name: str) -> list[Path]:
     one = folder / f"{embedding_name(name)}.safetensors"
     own = one.name.removesuffix("_embedding.safetensors")
     several = sorted(folder.glob(f"{own}_*_embedding.safetensors"))  # also of runs whose names begin like this one's
-    return [one] if one.is_file() else [path for path in several if _header(path)[1].get("modelspec.title") == name]
+    return [one] if one.is_file() else [path for path in several if _facts(path).get("modelspec.title") == name]
+
+
+def _facts(path: Path) -> dict[str, str]:
+    """The metadata; none of a pickle."""
+    return layouts.Opened(path).metadata if path.suffix.lower() == ".safetensors" else {}
 
 
 def _by_trigger(paths: Sequence[Path], trigger: str | None) -> dict[str, Path]:
@@ -209,7 +205,11 @@ def _by_trigger(paths: Sequence[Path], trigger: str | None) -> dict[str, Path]:
             f"a trigger was chosen ({trigger!r}), and there are {len(paths)} embeddings "
             f"({', '.join(path.name for path in paths)}); give one of the files alone, or no trigger"
         )
-    found = {trigger or _header(path)[1].get("modelspec.trigger_phrase", "TOK"): path for path in paths}
+    if len(paths) == 1 and (several := layouts.triggers_of(paths[0])):
+        if trigger is not None and len(several) > 1:
+            raise GenerateError(f"{paths[0]} has the triggers {', '.join(several)}; give no other")
+        return dict.fromkeys([trigger] if trigger else several, paths[0])
+    found = {trigger or _facts(path).get("modelspec.trigger_phrase", "TOK"): path for path in paths}
     if len(found) < len(paths):
         raise GenerateError(f"two of {', '.join(path.name for path in paths)} stand for one trigger; give one of them")
     return found

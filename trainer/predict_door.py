@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of predict.py."""
     made = _Parser(prog="predict.py", description="Draws pictures with trained weights.", allow_abbrev=False)
     add = made.add_argument
-    add("--weights", type=Path, required=True, help="run directory, or a LoRA or embedding .safetensors (required)")
+    add("--weights", type=Path, required=True, help="run directory, a file or folder of docs/imports.md (required)")
     add("--prompt", action="append", required=True, help="give it again for more prompts (required)")
     add("--out", type=Path, required=True, help="folder for the PNGs; what is in it is kept (required)")
     add("--base", help="base to draw on [default: the run's own, or testbed/base for a file]")

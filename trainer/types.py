@@ -175,6 +175,23 @@ class ModelFamily(Protocol):
         ...
 
 
+class Modular(Protocol):
+    """What of a family says where its layers are and how programs name them."""
+
+    denoiser: nn.Module
+    text_encoders: dict[str, nn.Module]
+    clients: ClientNames
+
+
+@runtime_checkable
+class HasSpellings(Protocol):
+    """A family whose layers go by more names than its own clients' ones."""
+
+    def spellings(self, component: str, path: str) -> Sequence[str]:
+        """Every other name, without suffix, that a layer has in files of some program."""
+        ...
+
+
 class Adapter(Protocol):
     """Makes parameters trainable in a family, and can switch itself off."""
 

@@ -92,7 +92,7 @@ class AdapterArgs(Section):
     max_norm: float | None = Field(None, gt=0, description="cap of each layer's |W' - W| [default: none]")
     l1: float = Field(0.0, ge=0.0, description="weight of the mean |W' - W| in the loss, which keeps updates sparse")
     start: str | None = Field(
-        None, description="file or run directory whose adapter of the same kind and ranks is trained on [default: none]"
+        None, description="adapter of the same kind and ranks that is trained on (docs/imports.md) [default: none]"
     )
     text: EncodersArgs = Field(
         default_factory=lambda: EncodersArgs.model_validate({}), description="the same on the text encoders"

@@ -1,7 +1,9 @@
 """How clients' files spell updates of layers: written, read back, added to the weights of a base."""
 
+from trainer.layouts.container import LayoutError, Opened
+from trainer.layouts.embeddings import is_embedding, read_embedding, triggers_of
 from trainer.layouts.merge import Merged, merge
-from trainer.layouts.read import LayoutError, file_of, is_plain_lora, read
+from trainer.layouts.read import files_of, is_plain_lora, read
 from trainer.layouts.write import (
     Modules,
     diffusers_lacks,
@@ -14,12 +16,16 @@ __all__ = [
     "LayoutError",
     "Merged",
     "Modules",
+    "Opened",
     "diffusers_lacks",
     "diffusers_metadata",
     "diffusers_state",
-    "file_of",
+    "files_of",
+    "is_embedding",
     "is_plain_lora",
     "kohya_state",
     "merge",
     "read",
+    "read_embedding",
+    "triggers_of",
 ]

@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trainer.layouts.read import LayoutError, file_of, read
+from trainer.layouts.container import LayoutError
+from trainer.layouts.read import read
 from trainer.types import ModelFamily
 from trainer.updates import Difference, Update, difference
 
@@ -20,7 +21,7 @@ def merge(family: ModelFamily, files: Mapping[str, float]) -> None:
         LayoutError: a file cannot be read, or does not fit.
     """
     for given, strength in files.items():
-        Merged(family, read(file_of(given), family)).set(strength)
+        Merged(family, read(given, family)).set(strength)
 
 
 class Merged:

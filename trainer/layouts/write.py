@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trainer.layouts.read import LayoutError
+from trainer.layouts.container import LayoutError
 from trainer.types import ClientNames
 from trainer.updates import Difference, LohaTensors, LokrTensors, LoraTensors, Update
 

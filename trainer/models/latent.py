@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer import schedulers
 from trainer.args import ModelArgs
-from trainer.models import parts, sniff
+from trainer.models import parts, sniff, spelling
 from trainer.models.attention import use_xformers
 from trainer.models.attention_maps import watched
 from trainer.models.clip_text import Tokens, fit, places
@@ -51,6 +51,7 @@ class LatentFamily:
         self._vae: Any = base.vae
         self._unet: Any = base.unet
         self._check_parts()
+        self._original = spelling.ldm_paths(self._unet.config)
         self.latent_scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
         self.resolution = int(self._unet.config.sample_size) * self.latent_scale
         self.picture_step = math.lcm(DIFFUSERS_STEP, self.latent_scale)
@@ -80,6 +81,10 @@ class LatentFamily:
         if args.attention == "xformers":
             use_xformers(base.unet)
         return family
+
+    def spellings(self, component: str, path: str) -> Sequence[str]:
+        """Every name, without suffix, that a layer has in files of some program."""
+        return spelling.others(component, path, self._original)
 
     def expand(self, prompt: str) -> str:
         """The prompt after every rule of `prompt_rules`, as the tokenizer gets it."""

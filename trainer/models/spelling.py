@@ -51,6 +51,29 @@ def diffusers(component: str, path: str) -> str:
     return f"unet.{path}" if component == "denoiser" else f"{component}.{client_path(path)}"
 
 
+TEXT_PREFIXES = {
+    "text_encoder": ("lora_te", "lora_te1", "clip_l", "text_encoder"),
+    "text_encoder_2": ("lora_te2", "clip_g", "text_encoder_2"),
+}
+
+
+def others(component: str, path: str, unet_path: Callable[[str], str]) -> list[str]:
+    """The names of a layer in files of all programs that docs/imports.md lists.
+
+    Args:
+        unet_path: a path of diffusers -> that of the original code, see `ldm_paths`.
+    """
+    if component == "denoiser":
+        paths = (path, unet_path(path))
+        prefixes = ("lora_unet_", "unet_", "unet.", "lycoris_", "diffusion_model.", "")
+    else:
+        flat = path.removeprefix("text_model.")
+        paths = (flat, f"text_model.{flat}")
+        prefixes = ("", *(f"{prefix}{sign}" for prefix in TEXT_PREFIXES[component] for sign in "._"))
+    names = {f"{prefix}{own}" for own in paths for prefix in prefixes}
+    return [name.replace(".", "_") if name.startswith(("lora_", "lycoris_", "unet_")) else name for name in names]
+
+
 def client_path(path: str) -> str:
     """transformers 5 dropped the `text_model` level of a CLIP tower, which every client expects in a name."""
     return path if path.startswith("text_model.") else f"text_model.{path}"
