@@ -36,7 +36,12 @@ SHOWN = (
 COMPARED = ("fidelity", "alignment_size", "retention", "leak", "diversity", "overall")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["sweep"]:
+        from bench import sweep  # which reads scores as this does
+
+        return sweep.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description="Quality of methods, in tables.")
     parser.add_argument("--concepts", nargs="*", default=["mushroom"], help="held-out ones of the testbed")
     parser.add_argument("--preset", default="presets/quickstart.json")
@@ -47,7 +52,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="what finished runs scored")
     parser.add_argument("--keep", type=Path, help="folder that gets a copy of every run")
     parser.add_argument("--out", type=Path, default=OUT / "quality.json")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed of two methods: minutes, to see that all is well"
+    )
+    args = parser.parse_args(words)
+    if args.quick:
+        args.seeds, args.tables, args.methods = 1, ["quickstart"], ["pivotal", "LoRA alone"]
+        args.out = args.work / "quick.json" if args.out == OUT / "quality.json" else args.out
     console.hush_libraries()
     known = {method for table in args.tables for method in TABLES[table]}
     if unknown := sorted(set(args.methods or ()) - known):

