@@ -6,6 +6,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from pydantic import ValidationError
 
 from trainer.args import ObjectiveArgs, WeightArgs
@@ -64,6 +66,29 @@ def test_a_weighting_weighs_the_same_picture_whatever_the_model_predicts(kind: s
     ours = ((one - other) ** 2).flatten(1).mean(1) * weight_of(path, t, kind, 5.0, options())
     x0 = ((path.x0_of(one, xt, t) - path.x0_of(other, xt, t)) ** 2).flatten(1).mean(1)
     torch.testing.assert_close(ours, x0 * weight_of(path_of("sample"), t, kind, 5.0, options()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_edm_and_soft_min_snr_are_those_of_a_preconditioned_model(sigma_data: float) -> None:
+    """k-diffusion's Denoiser: the network's error e is one of c_out e in x0; karras weighs e^2 by 1."""
+    sigma, error = torch.tensor([0.03, 0.5, 4.0]), torch.tensor([0.3, -1.2, 0.7])
+    path, t = NoisePath(1 / (1 + sigma**2), "sample"), torch.arange(3)
+    total = sigma**2 + sigma_data**2
+    in_x0 = (sigma * sigma_data / total.sqrt() * error) ** 2
+    edm = weight_of(path, t, "edm", 0.0, options(sigma_data=sigma_data))
+    torch.testing.assert_close(edm * in_x0, error**2, rtol=1e-4, atol=0)
+    soft = weight_of(path, t, "soft_min_snr", sigma_data**-2, options())
+    torch.testing.assert_close(soft * in_x0, (sigma * sigma_data) ** 2 / total**2 * error**2, rtol=1e-4, atol=0)
+
+
+def test_min_snr_is_that_of_diffusers_scripts() -> None:
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    t = torch.tensor([0, 100, 500, 999])
+    snr = compute_snr(scheduler, t)
+    clipped = snr.clamp(max=5.0)
+    for target, over in (("epsilon", snr), ("v_prediction", snr + 1)):
+        mine = weight_of(NoisePath.from_scheduler(scheduler, target), t, "min_snr", 5.0, options())
+        torch.testing.assert_close(mine, clipped / over)
 
 
 def test_the_end_of_a_zero_snr_path_stays_finite_or_is_refused() -> None:
