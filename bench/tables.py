@@ -1,7 +1,7 @@
 """The tables of README.md and docs/benchmarks.md, from the results: python -m bench.tables [--check].
 
-A page says what is made of a file of bench/results by `<!-- quality FILE TABLE -->`, `<!-- differences FILE TABLE -->`
-or `<!-- course FILE -->`; `<!-- end -->` comes after it, and what is between is made anew.
+A page says what is made of a file of bench/results by `<!-- quality FILE TABLE -->`, `<!-- differences FILE TABLE -->`,
+`<!-- speed FILE TABLE -->` or `<!-- course FILE -->`; `<!-- end -->` comes after it, and what is between is made anew.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench import course, quality
+from bench import course, quality, speed_tables
 from bench.runs import OUT, ROOT
 from trainer.rundir import atomic_write
 
 PAGES = ("README.md", "docs/benchmarks.md")
-_MARKED = re.compile(r"(<!-- (quality|differences|course) ([\w.-]+)(?: ([\w ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(
+    r"(<!-- (quality|differences|course|speed) ([\w.-]+)(?: ([\w ]+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +52,8 @@ def _table(kind: str, file: str, name: str | None) -> str:
     results: dict[str, Any] = json.loads((OUT / file).read_text(encoding="utf-8"))
     if kind == "course":
         return course.table(results)
+    if kind == "speed":
+        return speed_tables.TABLES[name or "targets"](results)
     of = {"quality": quality.table, "differences": quality.differences}[kind]
     return of(results, name or "quickstart")
 

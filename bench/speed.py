@@ -1,0 +1,188 @@
+"""How fast training is, against a plain script and against the machine's limit: python -m bench.speed [--quick].
+
+Every figure is CPU time of one thread, with ways that are compared taking turns in one process. Writes
+bench/results/speed.json; `python -m bench.tables` makes the tables of docs/benchmarks.md from it.
+A single case: python -m bench.speed --size full --resolution 256 --batch 1 --dtype bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.measuring import Figures, spread
+from trainer.rundir import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "bench" / "results" / "speed.json"
+ALONE = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
+FULL = {"size": "full", "resolution": 256, "batch": 1, "pictures": 2}
+
+
+class MeasureError(RuntimeError):
+    """A measured process ended badly."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds and small sizes: under 3 minutes")
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), help="only these parts; the others' figures are kept")
+    parser.add_argument("--pictures", type=int, default=10000, help="largest dataset of the part growth")
+    parser.add_argument("--out", type=Path, help="[default: bench/results/speed.json; --quick and single cases: none]")
+    case = parser.add_argument_group("a single case, shown and not written")
+    for name, kind in (("family", str), ("size", str), ("dtype", str), ("what", str), ("model", str)):
+        case.add_argument(f"--{name}", type=kind)
+    for name in ("resolution", "batch", "rank", "rounds"):
+        case.add_argument(f"--{name}", type=int)
+    args = parser.parse_args()
+    single = {name: value for name in CASE if (value := getattr(args, name)) is not None}
+    if single:
+        print(json.dumps(stepped(**single), indent=2))
+        return 0
+    out: Path | None = args.out or (None if args.quick else OUT)
+    results: Figures = json.loads(out.read_text(encoding="utf-8")) if args.only and out and out.exists() else {}
+    for name in tqdm(args.only or PARTS, unit="part"):
+        results[name] = PARTS[name](args) | {"made": machine()}
+        if out:
+            atomic_write(out, json.dumps(results, indent=1) + "\n")
+    from bench import speed_tables  # the parts alone need none
+
+    print("\n\n".join(table(results) for table in speed_tables.TABLES.values()))
+    return 0
+
+
+CASE = ("family", "size", "dtype", "what", "model", "resolution", "batch", "rank", "rounds")
+
+
+def stepped(**case: Any) -> Figures:
+    """Figures of one case, measured in a process of its own."""
+    return json.loads(_run([sys.executable, "-m", "bench.stepping", json.dumps(case)])[0].splitlines()[-1])
+
+
+def _run(command: Sequence[str]) -> tuple[str, float, float, int]:
+    """What a process prints, its CPU and wall seconds, and its peak in MiB (the largest so far)."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MeasureError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout, cpu, time.perf_counter() - began, after.ru_maxrss // 1024
+
+
+# --- parts
+
+
+def tiny(args: argparse.Namespace) -> Figures:
+    """A step on the shipped base."""
+    return {"cases": [stepped(rounds=8 if args.quick else 60, pictures=8)]}
+
+
+def full(args: argparse.Namespace) -> Figures:
+    """A step of Stable Diffusion 1.5's full size, and what it holds in memory."""
+    rounds = 2 if args.quick else 7
+    cases = [stepped(**FULL, dtype=dtype, rounds=rounds) for dtype in (["bf16"] if args.quick else ["bf16", "fp32"])]
+    if args.quick:
+        return {"cases": cases}
+    memory = {what: stepped(**FULL, dtype="bf16", what=what) for what in ("memory", "bare memory")}
+    return {"cases": cases, "memory": memory}
+
+
+def jobs(args: argparse.Namespace) -> Figures:
+    """Whole processes of 100 steps on the shipped base, and the CPU time at which their first step ends."""
+    rounds = 1 if args.quick else 5
+    found: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with zipfile.ZipFile(ROOT / "testbed/quickstart/mushroom.zip") as archive:
+            archive.extractall(folder / "pictures")
+        for turn in range(rounds):
+            for name, command in _commands(folder, turn).items():
+                said, cpu, wall, _ = _run(command)
+                clock = folder / f"first_{name}_{turn}"
+                first = (
+                    float(clock.read_text()) if clock.exists() else json.loads(said.splitlines()[-1])["first_step_s"]
+                )
+                of = found.setdefault(name, {"whole": [], "first": [], "wall": []})
+                for key, value in (("whole", cpu), ("first", first), ("wall", wall)):
+                    of[key].append(value)
+    return {name: {key: spread(values) for key, values in of.items()} for name, of in found.items()}
+
+
+def _commands(folder: Path, turn: int) -> dict[str, list[str]]:
+    """The same 100 steps of LoRA on attention; train.py also draws a picture before and three after, and reports."""
+    pictures = str(folder / "pictures")
+    script = [sys.executable, "-m", "bench.plain", str(ROOT / "testbed/base"), pictures]
+
+    def trained(name: str, *more: str) -> list[str]:
+        clock = {"use": "bench.clock:FirstStep", "options": {"file": str(folder / f"first_{name}_{turn}")}}
+        own = ["--runtime.out", str(folder / f"{name}_{turn}"), "--runtime.steps", "100", "--runtime.device", "cpu"]
+        return [sys.executable, "train.py", *more, *own, "--hooks.extra", json.dumps([clock])]
+
+    few = ["--data.source", pictures, "--sample.steps", "1", "--sample.prompts", "a TOK", "--runtime.threads", "1"]
+    return {
+        "trainer": trained("trainer", *few),
+        "plain, cached": [*script, str(folder / f"c{turn}"), "--cached"],
+        "plain": [*script, str(folder / f"u{turn}")],
+        "quickstart": trained("quickstart", "presets/quickstart.json", pictures),
+    }
+
+
+def parts(args: argparse.Namespace) -> Figures:
+    """The data path alone, sampling, checkpoint and export."""
+    return {"cases": [stepped(what="work", rounds=2 if args.quick else 10)]}
+
+
+def growth(args: argparse.Namespace) -> Figures:
+    """How cost grows with one thing at a time, on the shipped base."""
+    rounds = 3 if args.quick else 20
+    sizes = [10, 100] if args.quick else [n for n in (10, 100, 1000, 10000, 50000) if n <= args.pictures]
+    axes: dict[str, list[int]] = {"batch": [1, 2, 4, 8], "resolution": [32, 64, 128], "rank": [1, 8, 64]}
+    if args.quick:
+        axes = {"batch": [1, 4], "resolution": [64], "rank": [64]}
+    grown = {axis: [stepped(what="pictures", rounds=rounds, **{axis: n}) for n in some] for axis, some in axes.items()}
+    grown["pictures"] = [stepped(what="pictures", rounds=rounds, pictures=n) for n in sizes]
+    grown["steps"] = [stepped(what="length", rounds=100 if args.quick else 1000)]
+    return grown
+
+
+PARTS = {"tiny": tiny, "full": full, "jobs": jobs, "parts": parts, "growth": growth}
+
+
+def machine() -> Figures:
+    """Where and with what a part was measured."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+    return {
+        "at": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "processor": facts.get("model name", platform.machine()),
+        "has": wide,
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "seed": 0,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The tables of speed in docs/benchmarks.md, from bench/results/speed.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bench.measuring import Figures, ratio
+
+NOT_YET = "not yet run"
+
+
+def targets(results: Figures) -> str:
+    """What is aimed at, and what was measured."""
+    rows: list[tuple[str, str, float | None, float]] = []
+    if "full" in results:
+        of = _case(results, "bf16")
+        rows += [
+            (
+                "step / bare forward and backward, SD1.5, 256 px, bf16",
+                "1.03",
+                ratio(of["ways"], "trainer", "bare"),
+                1.03,
+            ),
+            (
+                "the same / plain script's forward and backward",
+                "0.65",
+                ratio(of["ways"], "trainer", "plain, bare"),
+                0.65,
+            ),
+            ("the same / plain script, nothing cached", "0.45", ratio(of["ways"], "trainer", "plain"), 0.45),
+        ]
+        if "memory" in results["full"]:
+            memory = results["full"]["memory"]
+            needed = sum(memory["memory"]["weights_mib"].values()) + memory["bare memory"]["activations_mib"]
+            peak = round(memory["memory"]["peak_mib"] / needed, 3)
+            rows.append(("peak memory / weights + activations of a bare step, the same", "1.15", peak, 1.15))
+    if "jobs" in results:
+        whole = {name: of["whole"] for name, of in results["jobs"].items() if name != "made"}
+        rows += [
+            ("100 steps on the tiny base, whole process / plain script, cached", "0.6",
+             ratio(whole, "trainer", "plain, cached"), 0.6),
+            ("start to the end of step 1, tiny base, CPU s", "3.5", results["jobs"]["trainer"]["first"]["cpu_s"], 3.5),
+        ]  # fmt: skip
+    rows += [
+        ("GPU: SDXL, 1024 px, bf16, batch 4: share of the matmul peak", ">= 50 %", None, 0),
+        ("GPU: SDXL, batch 1, all savings: memory", "8 GB", None, 0),
+    ]
+    return _table(
+        ["what", "target", "measured", ""],
+        [
+            [
+                what,
+                goal,
+                *((NOT_YET, "") if found is None else (f"{found:.2f}", "reached" if found <= most else "missed")),
+            ]
+            for what, goal, found, most in rows
+        ],
+    )
+
+
+def steps(results: Figures) -> str:
+    """CPU seconds a step, each way."""
+    rows: list[list[str]] = []
+    for part in ("tiny", "full"):
+        for case in results.get(part, {}).get("cases", ()):
+            name = f"{case['family']} {case['size']}, {case['resolution']} px, batch {case['batch']}, {case['dtype']}"
+            for way, figures in case["ways"].items():
+                low, high = figures["quartiles"]
+                limit = f"{figures['cpu_s'] / case['bound_s']:.1f}"
+                rate = f"{case['images_per_s'][way]:.3g}"
+                rows.append([name, way, f"{figures['cpu_s']:.3g}", f"{low:.3g}..{high:.3g}", rate, limit])
+                name = ""
+    return _table(["", "way", "CPU s a step", "quartiles", "pictures/s", "x the FLOP bound"], rows)
+
+
+def jobs(results: Figures) -> str:
+    """Whole processes."""
+    rows = [
+        [name, *(_with_quartiles(of[key]) for key in ("first", "whole"))]
+        for name, of in results.get("jobs", {}).items()
+        if name != "made"
+    ]
+    return _table(["100 steps on the tiny base", "CPU s to the first step's end", "CPU s in all"], rows)
+
+
+def _with_quartiles(figures: Figures) -> str:
+    low, high = figures["quartiles"]
+    return f"{figures['cpu_s']:.1f} ({low:.1f}..{high:.1f})"
+
+
+def growth(results: Figures) -> str:
+    """What a step costs as one thing grows."""
+    rows: list[list[str]] = []
+    for axis, cases in results.get("growth", {}).items():
+        if axis == "made":
+            continue
+        for case in cases:
+            ways = case["ways"]
+            if axis == "steps":
+                first, last = (f"{1000 * ways[which]['cpu_s']:.1f}" for which in ("first", "last"))
+                before, after = case["mib"]
+                rows.append(
+                    [f"{case['rounds']} steps", f"{first} first, {last} last", "", f"{before} first, {after} last"]
+                )
+            else:
+                step = f"{1000 * ways['trainer']['cpu_s']:.1f}"
+                prepared = f"{case['prepared_cpu_s']:.1f}" if axis == "pictures" else ""
+                rows.append([f"{axis} {case[axis]}", step, prepared, str(case["peak_mib"])])
+    return _table(["tiny base, fp32", "CPU ms a step", "CPU s to prepare", "MiB"], rows)
+
+
+def parts(results: Figures) -> str:
+    """What a run does beside its steps."""
+    rows: list[list[str]] = []
+    for case in results.get("parts", {}).get("cases", ()):
+        ways = case["ways"]
+        rows += [
+            ["batches, without the denoiser", f"{case['data_pictures_per_s']} pictures/s"],
+            [
+                f"sampling, {case['sampling_steps']} steps with guidance",
+                f"{case['sampling_pictures_per_s']:.2f} pictures/s",
+            ],
+            ["a checkpoint", f"{1000 * ways['checkpoint']['cpu_s']:.0f} ms"],
+            ["an export", f"{1000 * ways['export']['cpu_s']:.0f} ms"],
+        ]
+    return _table(["tiny base, 64 px, CPU", ""], rows)
+
+
+TABLES: dict[str, Callable[[Figures], str]] = {
+    "targets": targets,
+    "steps": steps,
+    "jobs": jobs,
+    "parts": parts,
+    "growth": growth,
+}
+
+
+def _case(results: Figures, dtype: str) -> Figures:
+    return next(case for case in results["full"]["cases"] if case["dtype"] == dtype)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))

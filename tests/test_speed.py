@@ -1,0 +1,92 @@
+"""How speed is measured and told: turns, medians, targets; a base of full size that is a family like any other."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import nn
+
+from bench import fullsize, measuring, plain, speed_tables
+from trainer.models.sd15 import SD15
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_ways_take_turns_and_the_first_round_only_warms_up() -> None:
+    calls: list[str] = []
+    ways = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    found = measuring.interleaved(ways, rounds=3)
+    assert calls == ["a", "b"] * 4
+    assert {name: figures["rounds"] for name, figures in found.items()} == {"a": 3, "b": 3}
+
+
+def test_a_spread_is_of_median_and_quartiles() -> None:
+    assert measuring.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {"cpu_s": 3.0, "quartiles": [2.0, 4.0], "rounds": 5}
+    assert measuring.spread([7.0]) == {"cpu_s": 7.0, "quartiles": [7.0, 7.0], "rounds": 1}
+
+
+def results(trainer: float) -> dict[str, Any]:
+    ways = {"trainer": trainer, "bare": 1.0, "plain, bare": 2.0, "plain": 4.0, "plain, cached": 2.1}
+    case = {"dtype": "bf16", "ways": {name: measuring.spread([value]) for name, value in ways.items()}}
+    return {"full": {"cases": [case]}}
+
+
+def test_targets_are_reached_or_missed() -> None:
+    good, bad = (speed_tables.targets(results(trainer)) for trainer in (1.02, 1.9))
+    assert "| 1.03 | 1.02 | reached |" in good
+    assert "| 0.65 | 0.51 | reached |" in good
+    assert "| 0.45 | 0.26 | reached |" in good
+    assert "| 0.65 | 0.95 | missed |" in bad
+    assert "| 0.45 | 0.47 | missed |" in bad
+    assert good.count(speed_tables.NOT_YET) == 2
+
+
+def test_every_measured_target_of_the_page_has_its_figure() -> None:
+    shown = speed_tables.targets(json.loads((ROOT / "bench/results/speed.json").read_text(encoding="utf-8")))
+    assert shown.count(speed_tables.NOT_YET) == 2  # those that need a GPU
+    assert "| 3.5 |" in shown
+
+
+def test_a_random_part_has_weights_of_usual_size() -> None:
+    with torch.device("meta"):
+        part = nn.Sequential(nn.Linear(64, 256), nn.Conv2d(16, 32, 3), nn.LayerNorm(8))
+    fullsize.fill(part, torch.bfloat16, torch.device("cpu"))
+    linear, conv, norm = part
+    assert linear.weight.dtype == torch.bfloat16
+    assert linear.weight.float().std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert conv.weight.float().std().item() == pytest.approx(1 / math.sqrt(16 * 9), rel=0.05)
+    assert not linear.bias.any()
+    assert bool((norm.weight == 1).all())
+
+
+def test_a_random_part_with_an_unknown_buffer_is_refused() -> None:
+    with torch.device("meta"):
+        part = nn.BatchNorm2d(2)
+    with pytest.raises(ValueError, match="running_mean"):
+        fullsize.fill(part, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_plain_script_trains_attention(tiny_base: Path, tiny_pictures: Path, cached: bool) -> None:
+    from trainer.args import ModelArgs
+
+    family: Any = SD15.load(ModelArgs.model_validate({"base": str(tiny_base)}), torch.device("cpu"))
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet").requires_grad_(False)
+    script = plain.Plain(
+        unet, family.vae, family.text_encoders["text_encoder"], family.tokenizers["text_encoder"],
+        DDPMScheduler.from_pretrained(tiny_base, subfolder="scheduler"), plain.pictures(tiny_pictures),
+        resolution=32, batch=2, rank=4, cached=cached,
+    )  # fmt: skip
+    losses = [script.step() for _ in range(4)]
+    assert all(map(math.isfinite, losses))
+    assert len(script.trained) == 2 * len(plain.TARGETS) * sum(
+        1 for name, _ in unet.named_modules() if name.endswith(("attn1", "attn2"))
+    )
+    moved = [parameter for name, parameter in unet.named_parameters() if "lora_B" in name and bool(parameter.any())]
+    assert len(moved) == len(script.trained) / 2
