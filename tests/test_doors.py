@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 QUICK = [
     *("--runtime.steps", "4", "--runtime.batch_size", "2", "--runtime.checkpoint_every", "2"),
     *("--runtime.device", "cpu", "--sample.steps", "2", "--sample.prompts", "a red {trigger}", "--adapter.rank", "2"),
+    *("--export.layouts", "kohya,diffusers,embedding"),
 ]
 
 

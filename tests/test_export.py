@@ -18,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer import export as exporting
+from trainer import layouts
 from trainer.adapters.lora import LoRA
 from trainer.adapters.textual_inversion import TextualInversion
 from trainer.args import TrainArgs
+from trainer.export.files import embedding_state
+from trainer.export.names import diffusers_token
 from trainer.models.sd15 import SD15
 from trainer.types import Cond
 from trainer.updates import LoraTensors
@@ -36,6 +39,7 @@ def arguments(base: Path, adapter: Mapping[str, object] | None = None, **model: 
             "model": {"base": str(base), **model},
             "adapter": adapter or {"rank": 4, "alpha": 2.0},
             "text": {"tokens": 2},
+            "export": {"layouts": ["kohya", "diffusers", "embedding"]},
         }
     )
 
@@ -162,10 +166,10 @@ def test_text_encoder_names_load(tiny_base: Path, tmp_path: Path, layout: str) -
             modules["text_encoder", path] = LoraTensors(down, up, 2.0)
     file = tmp_path / "te.safetensors"
     if layout == "kohya":
-        save_file(exporting.kohya_state(modules, SD15.clients), file)
+        save_file(layouts.kohya_state(modules, SD15.clients), file)
     else:
-        facts = {"format": "pt", "lora_adapter_metadata": exporting.diffusers_metadata(modules, SD15.clients)}
-        save_file(exporting.diffusers_state(modules, SD15.clients), file, metadata=facts)
+        facts = {"format": "pt", "lora_adapter_metadata": layouts.diffusers_metadata(modules, SD15.clients)}
+        save_file(layouts.diffusers_state(modules, SD15.clients), file, metadata=facts)
     pipe = fresh(tiny_base)
     pipe.load_lora_weights(tmp_path, weight_name="te.safetensors")
     ids = torch.tensor([[572, 1, 2, 3, 573]])
@@ -227,7 +231,7 @@ def test_note_names_the_files_and_its_code_works(
 
 @pytest.mark.parametrize(("trigger", "token"), [("TOK", "<tok>"), ("<Rose>", "<rose>"), ("sks", "<sks>")])
 def test_the_token_for_diffusers(trigger: str, token: str) -> None:
-    assert exporting.diffusers_token(trigger) == token
+    assert diffusers_token(trigger) == token
 
 
 def test_lora_alone_writes_no_embedding(tiny_base: Path, tmp_path: Path) -> None:
@@ -276,14 +280,14 @@ def test_what_has_no_layout_is_refused_by_name(tiny_base: Path, tmp_path: Path) 
     with pytest.raises(exporting.ExportError, match=r"some\.tensor"):
         exporting.export(tmp_path, "run", family, [Other()], args)
     with pytest.raises(exporting.ExportError, match="text_encoder_9"):
-        exporting.embedding_state({"text_encoder_9": torch.zeros(1, 4)}, SD15.clients)
+        embedding_state({"text_encoder_9": torch.zeros(1, 4)}, SD15.clients)
     two = {("denoiser", "a"): LoraTensors(torch.zeros(2, 3), torch.zeros(3, 2), 1.0)}
     two["denoiser", "b"] = LoraTensors(torch.zeros(4, 3), torch.zeros(3, 4), 1.0)
-    facts = json.loads(exporting.diffusers_metadata(two, SD15.clients))
+    facts = json.loads(layouts.diffusers_metadata(two, SD15.clients))
     assert {facts["unet.r"], *facts["unet.rank_pattern"].values()} == {2, 4}
     clash = {("denoiser", p): LoraTensors(torch.zeros(2, 3), torch.zeros(3, 2), 1.0) for p in ("a.b", "a_b")}
-    with pytest.raises(exporting.LayoutError, match="share one kohya name"):
-        exporting.kohya_state(clash, SD15.clients)
+    with pytest.raises(layouts.LayoutError, match="share one kohya name"):
+        layouts.kohya_state(clash, SD15.clients)
 
 
 def test_a_full_disk_leaves_the_old_files(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ def arguments(base: Path, **sections: Any) -> TrainArgs:
             "model": {"base": str(base)},
             "adapter": {"rank": 3, "alpha": 7.5, "targets": "attention+ff+conv"},
             "text": {"tokens": 2},
+            "export": {"layouts": ["kohya", "diffusers", "embedding"]},
             **sections,
         }
     )

@@ -25,6 +25,7 @@ EVERYTHING = [
     *("--optim.rows.curve", "pivot_rows", "--optim.rows.weight_decay", "0.01"),
     *("--runtime.accumulate", "2", "--runtime.batch_size", "2", "--runtime.steps", str(STEPS)),
     *("--runtime.checkpoint_every", "3", "--runtime.threads", "1", "--runtime.device", "cpu", "--sample.steps", "2"),
+    *("--export.layouts", "kohya,diffusers,embedding"),
 ]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +52,7 @@ from trainer.engine import Engine, EngineError
 from trainer.events import Attached, ModelLoaded
 from trainer.hooks import Context, Hook, compose, presented
 from trainer.hooks.checkpoints import Checkpoints, digest, fixed
+from trainer.hooks.samples import Samples as SampleRows
 from trainer.listeners import Listeners
 from trainer.loop import Run, train
 from trainer.models import FAMILIES, sniff
@@ -91,7 +95,7 @@ class Session:
             done = step.step
             yield step
         if self.here.first:
-            self._finish()
+            self._finish(done)
         self.here.barrier()
         moved.check(self.marks, self.run.components, moved.updates(self.run.optimizers, self.run.lr, done))
 
@@ -99,12 +103,30 @@ class Session:
         """Whether any process wishes it: asked by all of them between the same two updates."""
         return any(self.here.gathered([wish]))
 
-    def _finish(self) -> None:
+    def _finish(self, done: int) -> None:
         name, run = self.args.runtime.name, self.run
         with presented(run, "export"):
-            files = export.export(self.dir.export, name, run.family, run.adapters, self.args)
+            files = export.export(self.dir.export, name, run.family, run.adapters, self.args, self._made(done))
         report.write(self.dir)
         log.info("done: %s", ", ".join(str(path) for path in [*files, self.dir.report]))
+
+    def _made(self, done: int) -> export.Made:
+        """What headers of exported files may say of this run."""
+        runtime, items = self.args.runtime, [item for item in read_manifest(self.dir.dataset) if not item.regular]
+        captions: dict[str, list[str]] = {}
+        for item in items:
+            captions.setdefault(concepts.trigger_of(item, self.args.data), []).append(item.caption)
+        dataset = json.dumps(sorted((item.sha256, item.caption) for item in items))
+        drawn = next((hook.after(self.run) for hook in self.run.hooks if isinstance(hook, SampleRows)), {})
+        return export.Made(
+            steps=done,
+            batch=runtime.batch_size * runtime.accumulate * self.here.processes,
+            captions=captions,
+            buckets=Counter(item.bucket for item in items),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            digests={"args": digest(self.args), "dataset": hashlib.sha256(dataset.encode()).hexdigest()[:16]},
+            samples=drawn,
+        )
 
     def checkpoint(self, step: int) -> Path:
         """Saves where the run is, between two updates."""
@@ -263,9 +285,25 @@ def _ready(args: TrainArgs, parts: _Parts, here: Ranks) -> Generator[tuple[Model
             sampler.check(family, args.sample.steps, args.sample.width, args.sample.height, args.sample.scheduler)
         except (sampler.SampleError, SchedulerError) as error:
             raise RunError(f"sample: {error}") from error
+        if args.export.layouts and parts.adapter is not None:
+            _rehearse_export(args, family, parts)
         yield family, engine
     finally:
         engine.release()
+
+
+def _rehearse_export(args: TrainArgs, family: ModelFamily, parts: _Parts) -> None:
+    """Refuses layouts that have no words for what the adapter will learn, before pictures are prepared for hours."""
+    adapters = _layered(args, parts)
+    try:
+        for adapter in adapters:
+            adapter.attach(family)
+        export.check(family, adapters, args)
+    except (ValueError, export.ExportError) as error:
+        raise RunError(str(error)) from error
+    finally:
+        for adapter in reversed(adapters):
+            adapter.detach()
 
 
 def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engine, parts: _Parts) -> Session:
@@ -332,7 +370,8 @@ def _run(
         components = {adapter.component: adapter.attach(family) for adapter in adapters}
         if context.start == 0:
             _begin(args, family, adapters)
-    except ValueError as error:
+        export.check(family, adapters, args)
+    except (ValueError, export.ExportError) as error:
         raise RunError(str(error)) from error
     for named in components.values():
         for _, parameter in named:
@@ -426,13 +465,17 @@ def _watching(args: TrainArgs, family: ModelFamily) -> Callable[[Samples], Watch
 
 
 def _adapters(args: TrainArgs, items: Sequence[Item], parts: _Parts) -> list[Adapter]:
-    adapters: list[Adapter] = []
-    if args.text.tokens:
-        adapters.append(TextualInversion(args.text, _learned(args, items), args.runtime.seed))
-    if parts.adapter is not None:
-        adapters.append(parts.adapter(args.adapter, args.runtime.seed))
-        if args.adapter.text.train:
-            adapters.append(parts.adapter(args.adapter.for_text(), derive(args.runtime.seed, "text"), "text"))
+    rows = TextualInversion(args.text, _learned(args, items), args.runtime.seed) if args.text.tokens else None
+    return [*([rows] if rows else []), *_layered(args, parts)]
+
+
+def _layered(args: TrainArgs, parts: _Parts) -> list[Adapter]:
+    """The adapters on layers: the denoiser's, then the text encoders'."""
+    if parts.adapter is None:
+        return []
+    adapters: list[Adapter] = [parts.adapter(args.adapter, args.runtime.seed)]
+    if args.adapter.text.train:
+        adapters.append(parts.adapter(args.adapter.for_text(), derive(args.runtime.seed, "text"), "text"))
     return adapters
 
 

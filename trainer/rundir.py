@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _CHECKPOINT = re.compile(r"step_(\d{6,})")
 
@@ -149,6 +151,13 @@ def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None
     Raises:
         OSError: nothing is left behind, and what was there before still is.
     """
+    with atomic_file(path, durable=durable) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_file(path: Path, *, durable: bool = True) -> Generator[IO[bytes]]:
+    """The same for a file that is written piece by piece inside; an error inside leaves what was there before."""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except FileNotFoundError:
@@ -156,7 +165,7 @@ def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
@@ -164,6 +173,24 @@ def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Generator[Path]:
+    """A folder beside `path` to fill; at the end it takes that name. What was there before goes only then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)  # mkdtemp gives 0700
+        before = temporary.with_name(f"{temporary.name}.before")
+        if path.exists():
+            os.replace(path, before)
+        os.replace(temporary, path)
+        shutil.rmtree(before, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -118,6 +118,7 @@ class ClientNames:
     kohya: Callable[[str, str], str]  # (component, module path) -> "lora_unet_<path>", key without suffix
     embeddings: Mapping[str, str]  # text encoder -> key of its vectors: {"text_encoder": "emb_params"}
     facts: Mapping[str, str] = field(default_factory=dict[str, str])  # more metadata of a LoRA file: ss_v2
+    comfy: Callable[[str, str], str] | None = None  # the same by the names of ComfyUI's modules, where they are known
 
 
 Task = Literal["text", "image", "inpaint"]  # what a picture is made of: words, and another picture, and its mask
@@ -221,6 +222,30 @@ class HasUpdates(Protocol):
 
     def differences(self) -> Mapping[tuple[str, str], Difference]:
         """The same as differences of weights, for programs that cannot read it otherwise."""
+        ...
+
+
+@runtime_checkable
+class HasCheckpoint(Protocol):
+    """A family whose whole model can be written."""
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """By part ("denoiser", "vae", text encoders): the base's own tensors, whether or not an adapter is attached.
+
+        Names are those of the modules, also where an adapter's layer stands in the place of one.
+        """
+        ...
+
+    def single_file(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """What `tensors` gives, changed or not, under the names of the original code's checkpoints."""
+        ...
+
+    def folder(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Mapping[str, Tensor]]:
+        """The same as the files of a diffusers folder: path in it -> tensors."""
+        ...
+
+    def save_settings(self, folder: Path) -> None:
+        """Writes what a diffusers folder holds beside the tensors: configs, tokenizers, scheduler, model_index.json."""
         ...
 
 

@@ -109,3 +109,22 @@ def _shaped(change: Tensor, weight: Tensor) -> Tensor:
     if change.numel() != weight.numel() or change.shape[0] != weight.shape[0]:
         raise ValueError(f"an update of {list(change.shape)} does not fit a weight of {list(weight.shape)}")
     return change.reshape(weight.shape)
+
+
+def nearest_lora(change: Tensor, rank: int) -> tuple[LoraTensors, float]:
+    """The LoRA of that rank that is nearest to W' - W (Eckart and Young: its largest singular values), at scale 1.
+
+    A rank above what the weight can have is lowered to that.
+
+    Returns:
+        It, in float32, and how far it is: |W' - W - alpha / r * up @ down| / |W' - W|, 0 where nothing changed.
+    """
+    o, *rest = change.shape
+    rank = min(rank, o, change[0].numel())
+    u, values, vh = torch.linalg.svd(change.float().flatten(1), full_matrices=False)
+    root = values[:rank].sqrt()
+    down = (root[:, None] * vh[:rank]).reshape(rank, *rest)
+    up = (u[:, :rank] * root).reshape(o, rank, *[1] * len(rest[1:]))
+    norm = torch.linalg.vector_norm(values)
+    off = torch.linalg.vector_norm(values[rank:]) / norm if norm else norm
+    return LoraTensors(down, up, float(rank)), float(off)

@@ -299,7 +299,7 @@ def test_out_and_in_and_out_again_are_the_same_bits(
     part.detach()
     told = {"lora_adapter_metadata": "{}"}
     states = [(layouts.kohya_state, {})] if kind != "dora-rows" else []
-    if layouts.diffusers_lacks(modules) is None:
+    if not layouts.cannot_say("diffusers", modules, family.clients):
         told = {"lora_adapter_metadata": layouts.diffusers_metadata(modules, family.clients)}
         states.append((layouts.diffusers_state, told))
     assert states

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from trainer.args.adapter import AdapterArgs, EncodersArgs, TextArgs
+from trainer.args.adapter import ADAPTER_KINDS, AdapterArgs, EncodersArgs, TextArgs
 from trainer.args.captions import CaptionModelArgs, TriggerModelArgs
 from trainer.args.data import KEEP_SIDES, ConceptArgs, DataArgs, Mode, RegularisationArgs
+from trainer.args.export import ExportArgs, Layout
 from trainer.args.hooks import (
     ActivationsArgs,
     CollapseArgs,
@@ -47,10 +48,12 @@ __all__ = [
     "DistanceArgs",
     "EmaArgs",
     "EncodersArgs",
+    "ExportArgs",
     "GradStatsArgs",
     "HookUse",
     "HooksArgs",
     "HubArgs",
+    "Layout",
     "LevelsArgs",
     "LimitsArgs",
     "MaskArgs",
@@ -88,6 +91,7 @@ class TrainArgs(Section):
     optim: OptimArgs = Field(default_factory=lambda: OptimArgs.model_validate({}))
     sample: SampleArgs = Field(default_factory=lambda: SampleArgs.model_validate({}))
     hooks: HooksArgs = Field(default_factory=lambda: HooksArgs.model_validate({}))
+    export: ExportArgs = Field(default_factory=lambda: ExportArgs.model_validate({}))
     runtime: RuntimeArgs = Field(default_factory=lambda: RuntimeArgs.model_validate({}))
 
     @model_validator(mode="after")
@@ -124,4 +128,14 @@ class TrainArgs(Section):
                 f"objective.prior_weight is {self.objective.prior_weight:g}, but data.class_words names no word that "
                 "stands in for the trigger; give the concept's class (dog, person), or a prior_weight of 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _exports_hold_it(self) -> TrainArgs:
+        known = self.adapter.kind in ADAPTER_KINDS
+        self.export.check(
+            layers=self.adapter.kind != "none",
+            rows=self.text.tokens > 0,
+            dora=self.adapter.kind == "dora" or (not known and self.adapter.kind != "none"),
+        )
         return self

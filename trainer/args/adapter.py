@@ -44,7 +44,7 @@ _ADAPTER_OPTIONS: dict[str, tuple[str, ...]] = {
     "max_norm": ("lora", "loha", "lokr", "full"),
     "start": ("lora", "dora", "loha", "lokr", "full"),
 }
-_ADAPTER_KINDS = ("lora", "dora", "loha", "lokr", "oft", "full")
+ADAPTER_KINDS = ("lora", "dora", "loha", "lokr", "oft", "full")
 
 
 class AdapterArgs(Section):
@@ -115,7 +115,7 @@ class AdapterArgs(Section):
     @model_validator(mode="after")
     def _fits_the_kind(self) -> AdapterArgs:
         """Options that would do nothing are mistakes. What an adapter from elsewhere reads is not known."""
-        if self.kind in _ADAPTER_KINDS:
+        if self.kind in ADAPTER_KINDS:
             default = AdapterArgs.model_construct()
             for option, kinds in _ADAPTER_OPTIONS.items():
                 if self.kind not in kinds and getattr(self, option) != getattr(default, option):
@@ -132,7 +132,7 @@ class AdapterArgs(Section):
     @property
     def scaled_by_alpha(self) -> bool:
         """Whether alpha means something, and has a default."""
-        return self.kind not in _ADAPTER_KINDS or self.kind in _ADAPTER_OPTIONS["alpha"]
+        return self.kind not in ADAPTER_KINDS or self.kind in _ADAPTER_OPTIONS["alpha"]
 
     def for_text(self) -> AdapterArgs:
         """The section as it holds for the text encoders."""

@@ -31,6 +31,7 @@ RESUMABLE = (
     "hooks.grad_stats",
     "hooks.activations",
     "hooks.collapse",
+    "export",
     "runtime.checkpoint_every",
     "runtime.keep_checkpoints",
     "runtime.device",

@@ -58,6 +58,11 @@ class Samples(Hook):
         """Token rows alone have no strength to vary."""
         return self.context.args.sample.strengths if "adapter" in run.components else (1.0,)
 
+    def after(self, run: Run) -> dict[float, list[Path]]:
+        """Strength -> the pictures of the row drawn with it after training, in the order of the prompts."""
+        rows = {strength: self._files(_after(strength)) for strength in self._strengths(run)}
+        return {strength: files for strength, files in rows.items() if files and all(file.exists() for file in files)}
+
     def _files(self, row: str) -> list[Path]:
         """Where the pictures of a row are, one for each prompt."""
         args = self.context.args.sample

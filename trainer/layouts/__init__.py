@@ -1,12 +1,16 @@
 """How clients' files spell updates of layers: written, read back, added to the weights of a base."""
 
+from trainer.layouts import container
 from trainer.layouts.container import LayoutError, Opened
 from trainer.layouts.embeddings import is_embedding, read_embedding, triggers_of
+from trainer.layouts.folders import peft_folders
 from trainer.layouts.merge import Merged, merge
 from trainer.layouts.read import files_of, is_plain_lora, read
 from trainer.layouts.write import (
     Modules,
-    diffusers_lacks,
+    by_rows,
+    cannot_say,
+    comfy_state,
     diffusers_metadata,
     diffusers_state,
     kohya_state,
@@ -17,7 +21,10 @@ __all__ = [
     "Merged",
     "Modules",
     "Opened",
-    "diffusers_lacks",
+    "by_rows",
+    "cannot_say",
+    "comfy_state",
+    "container",
     "diffusers_metadata",
     "diffusers_state",
     "files_of",
@@ -25,6 +32,7 @@ __all__ = [
     "is_plain_lora",
     "kohya_state",
     "merge",
+    "peft_folders",
     "read",
     "read_embedding",
     "triggers_of",

@@ -6,18 +6,18 @@ Unlike `safe_open` nothing is mapped into memory, and what is wrong with a file 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from trainer.rundir import atomic_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,6 +34,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}  # of all bytes after the header: key -> what precedes
+UNKNOWN = "0" * 64  # a hash whose numbers are not written yet
 LONGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 
@@ -164,15 +166,17 @@ def write(
 ) -> None:
     """Writes a file with `tensors` as they come, which is the order of `entries`; beside, then renamed; mode 0644.
 
-    Only one tensor is held at a time. What was there before stays until the new file is whole.
+    Only one tensor is held at a time. What was there before stays until the new file is whole. Hashes of the numbers
+    (the keys of HASHES) are made anew where `metadata` has their keys, whatever it says of them.
 
     Raises:
         ValueError: a tensor is not the one that `entries` has in its place.
         OSError: nothing is left behind.
     """
-    with _beside(path) as file:
-        header = _packed(entries, metadata)
-        file.write(len(header).to_bytes(8, "little") + header)
+    said = {key: HASHES[key] + UNKNOWN if key in HASHES else value for key, value in metadata.items()}
+    digest = hashlib.sha256()
+    with atomic_file(path) as file:
+        _write_header(file, entries, said)
         names = iter(entries)
         for key, tensor in tensors:
             entry = entries.get(key)
@@ -181,15 +185,25 @@ def write(
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
                 raise ValueError(f"{key} is {list(tensor.shape)} of {tensor.dtype}, and was announced as {entry}")
             if entry.size:
-                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                file.write(data)
+                digest.update(data)
         if missing := list(names):
             raise ValueError(f"{len(missing)} tensors were announced and did not come, {missing[0]} first")
+        if found := {key: start + digest.hexdigest() for key, start in HASHES.items() if key in said}:
+            file.seek(0)
+            _write_header(file, entries, {**said, **found})
 
 
 def write_all(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """`write` of tensors that are all there."""
     entries = {key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     write(path, entries, tensors.items(), metadata)
+
+
+def _write_header(file: IO[bytes], entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    header = _packed(entries, metadata)
+    file.write(len(header).to_bytes(8, "little") + header)
 
 
 def _packed(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
@@ -204,19 +218,3 @@ def _packed(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
         start += entry.size
     header = json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode()
     return header + b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
-
-
-@contextmanager
-def _beside(path: Path) -> Generator[BinaryIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600, and files are shared
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

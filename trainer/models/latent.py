@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer import schedulers
 from trainer.args import ModelArgs
-from trainer.models import parts, sniff, spelling
+from trainer.models import original, parts, sniff, spelling
 from trainer.models.attention import use_xformers
 from trainer.models.attention_maps import watched
 from trainer.models.clip_text import Tokens, fit, places
@@ -36,6 +36,7 @@ class LatentFamily:
     pipelines: ClassVar[Mapping[Task, str]]  # what a picture is made of -> the class of diffusers that makes it
     towers: ClassVar[Mapping[str, Any]]  # text encoder -> class of transformers
     clients: ClientNames
+    original_towers: ClassVar[Mapping[str, original.Tower]]  # text encoder -> its names in single files
 
     def __init__(
         self, base: Parts, *, prediction: str = "auto", clip_folders: Mapping[str, Path] | None = None
@@ -59,6 +60,9 @@ class LatentFamily:
         for module in (self.denoiser, self.vae, *self.text_encoders.values()):
             module.eval().requires_grad_(False)
         self._tokens = Tokens()
+        modules = {"denoiser": self.denoiser, "vae": self.vae, **self.text_encoders}
+        self._tensors = {name: module.state_dict(keep_vars=True) for name, module in modules.items()}
+        self._own_tokenizers = dict(self.tokenizers)
         self._weights = self._remember_weights()
 
     @classmethod
@@ -163,6 +167,51 @@ class LatentFamily:
         """
         return self._weights.digest(part)
 
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """By part ("denoiser", "vae", text encoders): the base's own tensors, whether or not an adapter is attached."""
+        return {part: {name: t.detach() for name, t in own.items()} for part, own in self._tensors.items()}
+
+    def single_file(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What `tensors` gives under the names of the original code, with the marks of a v-prediction and of zero SNR.
+
+        Clients tell what a checkpoint predicts by the empty tensors `v_pred` and `ztsnr`.
+        """
+        levels = len(self._vae.config.block_out_channels)
+        named = original.unet(tensors["denoiser"], spelling.ldm_paths(self._unet.config))
+        named |= original.vae(tensors["vae"], levels)
+        for name, tower in self.original_towers.items():
+            named |= tower(tensors[name])
+        marks = {
+            "v_pred": self.path.target == "v_prediction",
+            "ztsnr": self._scheduler.config.get("rescale_betas_zero_snr", False),
+        }
+        return named | {mark: torch.zeros(0) for mark, on in marks.items() if on}
+
+    def folder(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """The same as the files of a diffusers folder: path in it -> tensors."""
+        files = {
+            "unet/diffusion_pytorch_model.safetensors": dict(tensors["denoiser"]),
+            "vae/diffusion_pytorch_model.safetensors": dict(tensors["vae"]),
+        }
+        for name in self.text_encoders:  # the older names, which all versions of transformers load
+            own = {_tower_name(key): tensor for key, tensor in tensors[name].items()}
+            files[f"{name}/model.safetensors"] = own
+        return files
+
+    def save_settings(self, folder: Path) -> None:
+        """Writes what a diffusers folder holds beside the tensors: configs, tokenizers, scheduler, model_index.json."""
+        pipe = self.pipeline()
+        pipe.save_config(folder)
+        pipe.scheduler.save_pretrained(folder / "scheduler")
+        self._unet.save_config(folder / "unet")
+        self._vae.save_config(folder / "vae")
+        for name, encoder in self.text_encoders.items():
+            tower: Any = encoder
+            tower.config.save_pretrained(folder / name)
+            self._own_tokenizers[name].save_pretrained(folder / parts.tokenizer_of(name))
+        for file in folder.rglob("*.json"):
+            parts.forget_paths(file)
+
     def _encode(self, prompts: Sequence[str]) -> Cond:
         """One row for each prompt, after every rule."""
         raise NotImplementedError
@@ -226,6 +275,10 @@ class LatentFamily:
             tokenizer: str = self.tokenizers[name].backend_tokenizer.to_str()
             weights.remember(name, encoder, encoder.config.to_dict(), tokenizer)
         return weights
+
+
+def _tower_name(key: str) -> str:
+    return key if key.startswith("text_projection.") else spelling.client_path(key)
 
 
 def _path(scheduler: Any, prediction: str) -> NoisePath:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
@@ -44,6 +46,16 @@ def read(args: ModelArgs, pipeline: str, towers: Mapping[str, Any]) -> Parts:
     if load.is_single_file(args.base):
         return _single_file(args, pipeline, towers, dtype)
     return _folder(args, towers, dtype)
+
+
+def forget_paths(file: Path) -> None:
+    """Takes out of a settings file where its model was loaded from, which libraries write there."""
+    settings: Any = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(settings, dict):
+        found = cast(dict[str, Any], settings)
+        kept = {key: value for key, value in found.items() if key not in ("_name_or_path", "name_or_path")}
+        if kept != found:
+            file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_of(tower: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import CLIPTextModel
 
-from trainer.models import spelling
+from trainer.models import original, spelling
 from trainer.models.latent import LatentFamily
+from trainer.models.parts import Parts
 from trainer.types import BaseModelError, ClientNames, Cond, Task
 
 
@@ -30,6 +33,15 @@ class SD15(LatentFamily):
         kohya=spelling.kohya({"denoiser": "lora_unet", "text_encoder": "lora_te"}),
         embeddings={"text_encoder": "emb_params"},
     )
+    original_towers: ClassVar[Mapping[str, original.Tower]] = {
+        "text_encoder": original.clip("cond_stage_model.transformer.")
+    }
+
+    def __init__(
+        self, base: Parts, *, prediction: str = "auto", clip_folders: Mapping[str, Path] | None = None
+    ) -> None:
+        super().__init__(base, prediction=prediction, clip_folders=clip_folders)
+        self.clients = replace(self.clients, comfy=spelling.comfy(spelling.ldm_paths(self._unet.config)))
 
     def _encode(self, prompts: Sequence[str]) -> Cond:
         """Last hidden states [B, L, D] of the text tower, after its last norm."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
+from trainer.models import original
 from trainer.models.parts import Parts
 from trainer.models.sd15 import SD15
 
@@ -21,6 +23,9 @@ class SD2(SD15):
     clients = replace(
         SD15.clients, base_version="sd_v2", architecture="stable-diffusion-v2-512", facts={"ss_v2": "True"}
     )
+    original_towers: ClassVar[Mapping[str, original.Tower]] = {
+        "text_encoder": original.open_clip("cond_stage_model.model.")
+    }
 
     def __init__(
         self, base: Parts, *, prediction: str = "auto", clip_folders: Mapping[str, Path] | None = None

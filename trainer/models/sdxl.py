@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer.models import spelling
+from trainer.models import original, spelling
 from trainer.models.latent import LatentFamily
 from trainer.models.parts import Parts
 from trainer.types import BaseModelError, ClientNames, Cond, Task
@@ -39,16 +39,22 @@ class SDXL(LatentFamily):
         "inpaint": "StableDiffusionXLInpaintPipeline",
     }
     towers: ClassVar[Mapping[str, Any]] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    original_towers: ClassVar[Mapping[str, original.Tower]] = {
+        "text_encoder": original.clip("conditioner.embedders.0.transformer."),
+        "text_encoder_2": original.open_clip("conditioner.embedders.1.model."),
+    }
 
     def __init__(
         self, base: Parts, *, prediction: str = "auto", clip_folders: Mapping[str, Path] | None = None
     ) -> None:
         super().__init__(base, prediction=prediction, clip_folders=clip_folders)
+        ldm = spelling.ldm_paths(self._unet.config)
         self.clients = ClientNames(
             base_version="sdxl_base_v1-0",
             architecture="stable-diffusion-xl-v1-base",
             diffusers=spelling.diffusers,
-            kohya=spelling.kohya(KOHYA, spelling.ldm_paths(self._unet.config)),
+            kohya=spelling.kohya(KOHYA, ldm),
+            comfy=spelling.comfy(ldm),
             embeddings={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
         )
         pooling: Any = self.text_encoders["text_encoder_2"]

@@ -74,6 +74,15 @@ def others(component: str, path: str, unet_path: Callable[[str], str]) -> list[s
     return [name.replace(".", "_") if name.startswith(("lora_", "lycoris_", "unet_")) else name for name in names]
 
 
+def comfy(unet_path: Callable[[str], str]) -> Spelling:
+    """The UNet by ComfyUI's own module paths (`diffusion_model.input_blocks...`), towers by those that it shares."""
+
+    def name(component: str, path: str) -> str:
+        return f"diffusion_model.{unet_path(path)}" if component == "denoiser" else diffusers(component, path)
+
+    return name
+
+
 def client_path(path: str) -> str:
     """transformers 5 dropped the `text_model` level of a CLIP tower, which every client expects in a name."""
     return path if path.startswith("text_model.") else f"text_model.{path}"
