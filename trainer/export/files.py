@@ -96,8 +96,7 @@ def export(
         raise ExportError(str(error)) from error
     for output in outputs.values():
         _check_finite(output, dtype)
-    names = {file: tuple(output.state) if isinstance(output, Tensors) else () for file, output in outputs.items()}
-    text = note.written(name, args, names, learned, family.clients)
+    text = note.written(name, args, outputs, learned, family.clients)
     for file, output in outputs.items():
         _write(folder / file, output, dtype)
     atomic_write(folder / "README.md", text)

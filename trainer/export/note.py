@@ -10,16 +10,15 @@ from trainer.args import AdapterArgs, TrainArgs
 from trainer.export.facts import rank_and_alpha
 from trainer.export.learned import Learned
 from trainer.export.names import DIFFUSERS, base_name, diffusers_tokens, embedding_names
-from trainer.layouts import Modules, cannot_say, is_plain_lora
+from trainer.layouts import Modules, cannot_say
 from trainer.types import ClientNames
+from trainer.updates import LoraTensors
 
 KINDS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "full": "Full differences"}
 
 
-def written(
-    name: str, args: TrainArgs, files: Mapping[str, Collection[str]], learned: Learned, clients: ClientNames
-) -> str:
-    """The text. `files` are those beside it, each with the names of its tensors (none for a folder)."""
+def written(name: str, args: TrainArgs, files: Collection[str], learned: Learned, clients: ClientNames) -> str:
+    """The text. `files` are those beside it."""
     words: dict[str, str] = {}
     for adapter in learned.rows:
         words = embedding_names(name, adapter.triggers)
@@ -79,9 +78,7 @@ def _of_folders(args: TrainArgs, trigger: str) -> str:
 # --- programs with a window
 
 
-def _programs(
-    name: str, triggers: Sequence[str], files: Mapping[str, Collection[str]], words: Mapping[str, str]
-) -> list[str]:
+def _programs(name: str, triggers: Sequence[str], files: Collection[str], words: Mapping[str, str]) -> list[str]:
     embeddings = " and ".join(f"`{word}.safetensors`" for word in words.values())
     kohya, comfy, model = f"{name}.safetensors", f"{name}_comfy.safetensors", f"{name}_model.safetensors"
     lines = ["## ComfyUI", ""]
@@ -116,13 +113,13 @@ def _where(said: Mapping[str, str]) -> str:
 def _diffusers(
     name: str,
     triggers: Sequence[str],
-    files: Mapping[str, Collection[str]],
+    files: Collection[str],
     words: Mapping[str, str],
     learned: Learned,
     clients: ClientNames,
 ) -> list[str]:
     """Code that loads what diffusers can load, and why it cannot load the rest."""
-    lora = _lora_file(name, files)
+    lora = _lora_file(name, files, learned)
     model = f"{name}_model" if f"{name}_model" in files else None
     lines: list[str] = []
     if learned.trained and lora is None and model is None:
@@ -136,12 +133,15 @@ def _diffusers(
     return lines
 
 
-def _lora_file(name: str, files: Mapping[str, Collection[str]]) -> str | None:
-    """The file that diffusers loads: its own, or kohya's where that holds plain LoRAs."""
+def _lora_file(name: str, files: Collection[str], learned: Learned) -> str | None:
+    """The file that diffusers loads: its own, or kohya's where that holds plain LoRAs as it reads them."""
     if DIFFUSERS in files:
         return DIFFUSERS
-    kohya = f"{name}.safetensors"
-    return kohya if kohya in files and is_plain_lora(files[kohya]) else None
+    kohya, modules = f"{name}.safetensors", learned.modules()
+    plain = all(isinstance(update, LoraTensors) and update.magnitude is None for update in modules.values())
+    text = [path for component, path in modules if component != "denoiser"]
+    named = not text or any(path.endswith("out_proj") for path in text)  # else it is taken for something else
+    return kohya if kohya in files and plain and named else None
 
 
 def _code(triggers: Sequence[str], lora: str | None, words: Mapping[str, str], clients: ClientNames) -> list[str]:
