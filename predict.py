@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import sys
 
-from cog import BaseRunner, Input
-from cog import Path as CogPath
+from cog import BaseRunner, Input, Path
 
 from trainer.predict_door import Loaded, main
 
 
 class Runner(BaseRunner):
-    def setup(self, weights: CogPath | None = None) -> None:
+    def setup(self, weights: Path | None = None) -> None:
         """`weights`: what training gave (Cog passes COG_WEIGHTS); a request may bring its own."""
         self.loaded = Loaded(str(weights) if weights else None)
 
@@ -22,7 +21,7 @@ class Runner(BaseRunner):
         self,
         prompt: str = Input(description="must name the trigger to show the concept"),
         negative_prompt: str = Input(default="", description="what the picture should be guided away from"),
-        replicate_weights: CogPath | None = Input(
+        replicate_weights: Path | None = Input(
             default=None, description="tar or .safetensors from training; blank: the weights that the server has"
         ),
         lora_scale: float = Input(default=1.0, ge=-2.0, le=3.0, description="strength of the LoRA"),
@@ -32,10 +31,10 @@ class Runner(BaseRunner):
         width: int | None = Input(default=None, ge=16, le=4096, description="pixels; blank: the base's own"),
         height: int | None = Input(default=None, ge=16, le=4096, description="pixels; blank: the base's own"),
         seed: int | None = Input(default=None, ge=0, description="of the first picture; blank: 0"),
-    ) -> list[CogPath]:
+    ) -> list[Path]:
         """PNG files, one for each picture."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
-        return [CogPath(path) for path in self.loaded.draw(inputs)]
+        return [Path(path) for path in self.loaded.draw(inputs)]
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def test_the_run_directory_page_names_every_path() -> None:
         "docs/architecture.md",
         "docs/adding-a-part.md",
         "docs/caption-accuracy.md",
+        "docs/cog.md",
         "docs/run-directory.md",
         "docs/hooks.md",
         "docs/masks.md",

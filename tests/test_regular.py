@@ -186,7 +186,7 @@ def test_two_concepts_and_a_regularisation_set_resume_to_the_last_bit(
 
 
 def test_a_caller_of_the_server_reads_no_folder_of_it(tmp_path: Path) -> None:
-    inputs: dict[str, Any] = dict.fromkeys(cog_door.OPTIONS) | {"input_images": tmp_path / "x.zip"}
+    inputs: dict[str, Any] = {"input_images": tmp_path / "x.zip", "resolution": 32}
     inputs |= {"concept_mode": "object", "args": json.dumps({"data": {"regularisation": {"source": "/etc"}}})}
-    with pytest.raises(cli.CommandError, match=r"must be an http\(s\) URL"):
+    with pytest.raises(cog_door.TrainingError, match=r"must be an http\(s\) URL"):
         cog_door.train(inputs)

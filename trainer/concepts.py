@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import product, zip_longest
+from itertools import cycle, islice, product, zip_longest
 from typing import Protocol, TypeVar
 
 from trainer.args import ConceptArgs, DataArgs
@@ -71,19 +71,24 @@ def in_turn(pictures: Sequence[P]) -> list[P]:
     return [picture for row in rows for picture in row if picture is not None]
 
 
-def prompts(given: Sequence[str], data: DataArgs, pictures: Sequence[Picture]) -> tuple[str, ...]:
+def prompts(
+    given: Sequence[str], data: DataArgs, pictures: Sequence[Picture], row: int | None = None
+) -> tuple[str, ...]:
     """Prompts with the triggers written out: those given, else the first captions, at least one for each trigger.
 
     Args:
         given: {trigger} stands for the first concept's, {trigger:FOLDER} for that of a folder.
+        row: so many of them, in turn.
 
     Raises:
         ConceptError: a prompt names a folder that there is not.
     """
     if given:
-        return tuple(_written(prompt, data) for prompt in given)
-    count = max(_PROMPTS, len({picture.trigger for picture in pictures if not picture.regular}))
-    return tuple(dict.fromkeys(picture.caption for picture in in_turn(pictures)))[:count]
+        found = tuple(_written(prompt, data) for prompt in given)
+    else:
+        count = row or max(_PROMPTS, len({picture.trigger for picture in pictures if not picture.regular}))
+        found = tuple(dict.fromkeys(picture.caption for picture in in_turn(pictures)))[:count]
+    return tuple(islice(cycle(found), row)) if row else found
 
 
 def _written(prompt: str, data: DataArgs) -> str:

@@ -205,7 +205,7 @@ def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> Trai
     """The tree with every derived value filled in; resolving it again changes nothing."""
     data = concepts.filled(args.data, items)
     try:
-        prompts = concepts.prompts(args.sample.prompts, data, items)
+        prompts = concepts.prompts(args.sample.prompts, data, items, args.sample.pictures)
     except concepts.ConceptError as error:
         raise RunError(str(error)) from error
     return args.model_copy(

@@ -209,7 +209,7 @@ class DataArgs(Section):
         """512, "512", "512,768" and [512, 768] are all sides; null is none."""
         if given is None:
             return ()
-        return given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
+        return given.split(",") if isinstance(given, str) else [given] if isinstance(given, int | float) else given
 
     @field_serializer("resolution")
     def _as_people_read_it(self, sides: tuple[int, ...]) -> int | list[int] | None:

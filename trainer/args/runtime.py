@@ -15,6 +15,12 @@ class SampleArgs(Section):
         (),
         description="prompts of the sample grid; {trigger} stands for the trigger [default: the first captions]",
     )
+    pictures: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="pictures in a row; prompts are taken in turn, with other seeds [default: one for each prompt]",
+    )
     every: int = Field(0, ge=0, description="updates between sample rows; 0 samples before and after only")
     steps: int = Field(25, ge=1, le=1000, description="denoising steps")
     guidance: float = Field(3.0, ge=0.0, le=100.0, description="classifier-free guidance scale")
