@@ -127,6 +127,9 @@ def test_a_flow_path_tells_x0_and_snr() -> None:
     torch.testing.assert_close(back, x0, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(path.snr(torch.tensor([249, 499, 999])), torch.tensor([9.0, 1.0, 0.0]))
     assert torch.equal(NoisePath.from_scheduler(DDPMScheduler(**SD)).time(TIMES), TIMES)
+    few = FlowMatchEulerDiscreteScheduler(num_train_timesteps=4)
+    told = NoisePath.from_scheduler(few).time(torch.arange(4))
+    torch.testing.assert_close(told, few.timesteps.flip(0), rtol=1e-6, atol=0)  # of its own number of steps
 
 
 def test_sigmas_that_are_no_flow_path_are_refused() -> None:

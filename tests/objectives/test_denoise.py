@@ -151,6 +151,8 @@ def test_mask_floor_is_the_weight_outside() -> None:
     mask = torch.tensor([[[[1.0, 0.0]]]])
     torch.testing.assert_close(masked_mean(error, mask, 0.25), torch.tensor([(1 + 0.25 * 3) / 1.25]))
     torch.testing.assert_close(masked_mean(error, mask, 1.0), torch.tensor([2.0]))
+    grey = torch.tensor([[[[1.0, 0.5]]]])
+    torch.testing.assert_close(masked_mean(error, grey, 0.25), torch.tensor([(1 + 0.625 * 3) / 1.625]))
 
 
 def test_an_empty_mask_counts_as_unmasked() -> None:
@@ -257,6 +259,9 @@ def test_input_perturbation_reaches_the_denoiser_and_not_the_target() -> None:
     torch.testing.assert_close(loss.total, expected.total)
     added = (seen.xt - plain.xt) / 0.5**0.5
     assert added.std().item() == pytest.approx(0.1, rel=0.1)
+    objective("epsilon", 1)(plain, batch(x0, seed=1))
+    objective("epsilon", 1, noise={"perturbation": 0.1})(seen, batch(x0, seed=1))
+    assert ((seen.xt - plain.xt) / 0.5**0.5 - added).std() > 0.1  # another batch, another perturbation
 
 
 def test_condition_noise_reaches_the_denoiser_and_not_the_prior() -> None:
@@ -298,13 +303,39 @@ def test_the_x0_target_and_the_flow_target() -> None:
 
 
 def test_a_density_reaches_the_timesteps() -> None:
-    predict, x0 = Recorder(), torch.zeros(500, 1, 1, 1)
-    late = Denoise(
-        ObjectiveArgs.model_validate({"t_max": 3, "levels": {"density": "late"}}), NoisePath(ACP, "epsilon"), unasked
+    predict, x0 = Recorder(), torch.zeros(2000, 1, 1, 1)
+    cosine = Denoise(
+        ObjectiveArgs.model_validate({"t_max": 3, "levels": {"density": "cosine"}}), NoisePath(ACP, "epsilon"), unasked
     )
-    late(predict, batch(x0))
-    counts = torch.bincount(predict.t, minlength=3) / 500
-    torch.testing.assert_close(counts, torch.tensor([1, 7, 19]) / 27, atol=0.06, rtol=0)  # cubes of thirds
+    cosine(predict, batch(x0))
+    counts = torch.bincount(predict.t, minlength=3) / 2000
+    upto = torch.tensor([0.0, 1 / 3 - 0.2757, 2 / 3 - 0.2757, 1.0])  # x - sin(pi x) / pi at thirds
+    torch.testing.assert_close(counts, upto.diff(), atol=0.03, rtol=0)
+
+
+def test_timesteps_are_those_of_the_batchs_size_in_the_order_drawn() -> None:
+    predict = Recorder()
+    args = ObjectiveArgs.model_validate({"t_max": 3, "levels": {"shift_by": "flux"}})
+    Denoise(args, NoisePath(ACP, "epsilon"), unasked)(predict, batch(torch.zeros(200, 1, 4, 80)))
+    generator = torch.Generator().manual_seed(0)
+    expected = draw_timesteps(200, 0, 3, generator, args.levels, steps=3, size=(4, 80))
+    assert predict.t.tolist() == expected.tolist()
+
+
+def test_gamma_noise_has_the_shape_of_its_level() -> None:
+    x0, seen, generator = torch.ones(2, 1, 4, 4), Recorder(), torch.Generator().manual_seed(0)
+    objective("epsilon", 2, noise={"gamma": 2.0})(seen, batch(x0))
+    draw_timesteps(2, 2, 3, generator)
+    expected = draw_noise(x0, generator, shape=torch.full((2,), 1 / (0.25 * 4.0)))  # snr 0.25
+    torch.testing.assert_close(noise_of(x0, seen, 2), expected)
+
+
+def test_what_is_kept_is_measured_by_the_same_distance() -> None:
+    x0, frozen, predict = torch.full((2, 1, 2, 2), 3.0), Recorder(0.75), Recorder(0.25)
+    l1 = kept(1, frozen, mask_prior=1.0, prior_weight=1.0, distance={"kind": "l1"})
+    loss = l1(predict, replace(batch(x0, MASK), prior=Cond(torch.ones(2, 1, 1))))
+    torch.testing.assert_close(loss.terms["outside"], torch.tensor(0.25))  # 0.5 and none
+    torch.testing.assert_close(loss.terms["prior"], torch.tensor(0.5))
 
 
 class Meddler:

@@ -94,3 +94,10 @@ def test_condition_noise_does_not_reach_the_gradient() -> None:
     noisy_condition(Cond(hidden), 0.5, seeded()).hidden.sum().backward()
     assert hidden.grad is not None
     assert torch.equal(hidden.grad, torch.ones(1, 3, 4))
+
+
+def test_noise_has_the_latents_dtype_and_is_drawn_alike_for_all() -> None:
+    like = torch.zeros(2, 3, 4, 4)
+    wide, narrow = (draw_noise(x, torch.Generator().manual_seed(0)) for x in (like, like.bfloat16()))
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow, wide.bfloat16())
