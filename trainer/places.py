@@ -34,7 +34,7 @@ def located(args: TrainArgs) -> TrainArgs:
                     **_models_nearby(args.data),
                 }
             ),
-            "hooks": _teacher_nearby(args.hooks),
+            "hooks": _hooks_nearby(args.hooks),
             "model": found(args.model),
             "adapter": args.adapter.model_copy(
                 update={"start": args.adapter.start and environment.located(args.adapter.start)}
@@ -50,10 +50,11 @@ def found(model: ModelArgs) -> ModelArgs:
     return sniff.named(model.model_copy(update=given))
 
 
-def _teacher_nearby(hooks: HooksArgs) -> HooksArgs:
+def _hooks_nearby(hooks: HooksArgs) -> HooksArgs:
     given = hooks.teacher.model_dump(include={"base", "config"}, exclude_none=True)
     paths = {name: environment.located(path) for name, path in given.items()}
-    return hooks.model_copy(update={"teacher": hooks.teacher.model_copy(update=paths)})
+    best = hooks.best.model_copy(update=_base(hooks.best.base))
+    return hooks.model_copy(update={"teacher": hooks.teacher.model_copy(update=paths), "best": best})
 
 
 def kept(args: TrainArgs) -> TrainArgs:

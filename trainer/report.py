@@ -55,6 +55,7 @@ def _summary(run: RunDir, args: dict[str, Any]) -> str:
         "Trigger": _triggers(args["data"]),
         "Base": args["model"]["base"],
         "Steps": f"{steps[-1]['step'] if steps else 0} of {args['runtime']['steps']}",
+        **_choice(run),
         "Pictures": len(list(read_jsonl(run.dataset))) if run.dataset.is_file() else "unknown",
         "Time in updates": f"{sum(step['seconds'] for step in steps):.0f} s",
     }
@@ -63,6 +64,15 @@ def _summary(run: RunDir, args: dict[str, Any]) -> str:
         rows["Stopped"] = f"after step {found['step']} by {found['by']}: {found['reason']}"
     body = "".join(f"<tr><th>{key}</th><td>{html.escape(str(value))}</td></tr>" for key, value in rows.items())
     return f"<table>{body}</table>"
+
+
+def _choice(run: RunDir) -> dict[str, str]:
+    """Which step was exported, where the best was looked for."""
+    if not run.choice.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(run.choice.read_text(encoding="utf-8"))
+    looks = ", ".join(f"step {look['step']}: {look['score']:.2f}" for look in found["looks"])
+    return {"Exported": f"step {found['best']}, the best by hooks.best ({looks})"}
 
 
 def _triggers(data: dict[str, Any]) -> str:

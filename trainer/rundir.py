@@ -99,6 +99,11 @@ class RunDir:
         return self.root / "stopped.json"
 
     @property
+    def choice(self) -> Path:
+        """Only where hooks.best chooses what is exported: `best`, a step, and `looks`, figures of each checkpoint."""
+        return self.root / "choice.json"
+
+    @property
     def log(self) -> Path:
         return self.root / "log.txt"
 

@@ -65,9 +65,19 @@ def approach_pictures(
     return embedding.rows.detach()
 
 
-@torch.no_grad()
 def mean_picture_feature(clip: Any, folder: Path, pictures: Sequence[Tensor]) -> Tensor:
     """[1, P]: the mean of the pictures' unit features."""
+    return picture_features(clip, folder, pictures).mean(dim=0, keepdim=True)
+
+
+@torch.no_grad()
+def picture_features(clip: Any, folder: Path, pictures: Sequence[Tensor]) -> Tensor:
+    """[n, P]: the pictures' unit features.
+
+    Args:
+        folder: what the CLIP was loaded from.
+        pictures: [3, h, w] each, -1..1.
+    """
     size: int = clip.config.vision_config.image_size
     mean, std = _normalisation(folder)
     features: list[Tensor] = []
@@ -75,7 +85,7 @@ def mean_picture_feature(clip: Any, folder: Path, pictures: Sequence[Tensor]) ->
         pixels = (_square(picture.float().cpu(), size) / 2 + 0.5 - mean) / std
         pooled = clip.vision_model(pixel_values=pixels.unsqueeze(0))[1]
         features.append(F.normalize(clip.visual_projection(pooled), dim=-1))
-    return torch.cat(features).mean(dim=0, keepdim=True)
+    return torch.cat(features)
 
 
 def _square(picture: Tensor, size: int) -> Tensor:

@@ -14,6 +14,7 @@ from trainer.args.data import KEEP_SIDES, ConceptArgs, DataArgs, Mode, Regularis
 from trainer.args.export import ExportArgs, Layout
 from trainer.args.hooks import (
     ActivationsArgs,
+    BestArgs,
     CollapseArgs,
     EmaArgs,
     GradStatsArgs,
@@ -38,6 +39,7 @@ __all__ = [
     "AdapterArgs",
     "AttentionArgs",
     "AugmentArgs",
+    "BestArgs",
     "CaptionModelArgs",
     "CollapseArgs",
     "ComponentOptim",

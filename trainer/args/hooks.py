@@ -98,6 +98,27 @@ class CollapseArgs(SwitchedArgs):
         return self
 
 
+class BestArgs(SwitchedArgs):
+    """The best of the checkpoints is exported in place of the last."""
+
+    switches = ("pictures",)
+    pictures: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="pictures drawn of each prompt at each checkpoint (runtime.checkpoint_every) to find the best one, "
+        "which is exported; 0 is off",
+    )
+    ordinary: tuple[str, ...] = Field(
+        (),
+        description="prompts whose pictures should stay as they are [default: those of sample.prompts without the "
+        "trigger]",
+    )
+    base: str | None = Field(
+        None, description="folder of the CLIPModel that looks at them, with its tokenizer [default: the base's own]"
+    )
+
+
 class HookUse(Section):
     """A hook with options of its own."""
 
@@ -112,6 +133,7 @@ class HooksArgs(Section):
     activations: ActivationsArgs = Field(default_factory=lambda: ActivationsArgs.model_validate({}))
     noise_jitter: NoiseJitterArgs = Field(default_factory=lambda: NoiseJitterArgs.model_validate({}))
     teacher: TeacherArgs = Field(default_factory=lambda: TeacherArgs.model_validate({}))
+    best: BestArgs = Field(default_factory=lambda: BestArgs.model_validate({}))
     collapse: CollapseArgs = Field(default_factory=lambda: CollapseArgs.model_validate({}))
     extra: tuple[str | HookUse, ...] = Field(
         (),

@@ -34,6 +34,7 @@ HOOKS: dict[str, str] = {
     "noise_jitter": "trainer.hooks.noise_jitter:NoiseJitter",
     "teacher": "trainer.hooks.teacher:Teacher",
     "collapse": "trainer.hooks.collapse:Collapse",
+    "best": "trainer.hooks.best:Best",
 }
 
 Purpose = Literal["samples", "export"]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.args import EmaArgs
 from trainer.events import AfterUpdate
 from trainer.hooks import Context, Hook, Purpose
+from trainer.hooks.trained import named, replaced
 from trainer.loop import Run
 
 log = logging.getLogger(__name__)
@@ -33,19 +34,19 @@ class EMA(Hook):
 
     @torch.no_grad()
     def on_start(self, run: Run) -> None:
-        named = dict(_named(run))
+        there = dict(named(run))
         if not self._average:
             if self.context.start:
                 log.warning("the checkpoint holds no average: it starts at step %d", self.context.start)
-            self._average = {name: parameter.detach().float().clone() for name, parameter in named.items()}
-        if self._average.keys() != named.keys():
+            self._average = {name: parameter.detach().float().clone() for name, parameter in there.items()}
+        if self._average.keys() != there.keys():
             raise ValueError("the checkpoint's average is of other parameters than this run's")
-        self._average = {name: average.to(named[name].device) for name, average in self._average.items()}
+        self._average = {name: average.to(there[name].device) for name, average in self._average.items()}
 
     @torch.no_grad()
     def on_after_update(self, run: Run, event: AfterUpdate) -> None:
         share = 1.0 - self.decay(event.update)
-        for name, parameter in _named(run):
+        for name, parameter in named(run):
             self._average[name].lerp_(parameter.detach().float(), share)
 
     def decay(self, update: int) -> float:
@@ -62,28 +63,11 @@ class EMA(Hook):
         if not wanted or not self._average:
             yield
             return
-        held = {name: parameter.detach().clone() for name, parameter in _named(run)}
-        _fill(run, self._average)
-        try:
+        with replaced(run, self._average):
             yield
-        finally:
-            _fill(run, held)
 
     def state_dict(self) -> Mapping[str, Tensor]:
         return self._average
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._average = dict(state)
-
-
-def _named(run: Run) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every trained parameter; a name is unique in its component alone."""
-    for component, named in run.components.items():
-        for name, parameter in named:
-            yield f"{component}/{name}", parameter
-
-
-@torch.no_grad()
-def _fill(run: Run, values: Mapping[str, Tensor]) -> None:
-    for name, parameter in _named(run):
-        parameter.copy_(values[name])
