@@ -9,6 +9,8 @@ from __future__ import annotations
 ALONE = ["--text.tokens", "0", "--optim.adapter.curve", "cosine"]  # the adapter learns everything
 _PRODIGY = ["--optim.adapter.name", "prodigy", "--optim.adapter.lr", "1"]
 PRIOR = ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"]
+HOT = ["--text.tokens", "0", "--optim.adapter.curve", "constant", "--optim.adapter.lr", "5e-3"]
+CHOSEN = ["--hooks.best.pictures", "4", "--runtime.checkpoint_every", "50"]
 
 
 def _kind(name: str, *more: str) -> list[str]:
@@ -66,6 +68,14 @@ TABLES: dict[str, dict[str, list[str]]] = {
             *("--objective.mask_prior", "1"),
         ],
         "prior kept": PRIOR,
+    },
+    "checkpoint": {
+        "the last": [],
+        "the best of 6": CHOSEN,
+    },
+    "checkpoint of a hot run": {
+        "the last": HOT,
+        "the best of 6": [*HOT, *CHOSEN],
     },
     "captions": {
         "true captions": [],
