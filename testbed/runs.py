@@ -6,16 +6,14 @@ import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
 from testbed.concepts import TRIGGER
 from testbed.score import Scorer, Scores
-from trainer import generate, registry, sampler
+from trainer import environment, generate, sampler
 from trainer.args import ModelArgs
-from trainer.models import FAMILIES, sniff
 from trainer.rundir import RunDir
 from trainer.types import ModelFamily
 
@@ -36,14 +34,16 @@ def score_run(
         trigger: that of the concept, of a run that learned several.
         drawn: told how many pictures were drawn since the last time; there are n + 2 ordinary + 8 in all.
     """
-    weights = generate.located(generate.find(root))
-    device = generate.device("cpu")
-    learned = generate.Painter(weights, device).family
+    weights = generate.find(root)
+    model = generate.base_of([weights])
+    painter = generate.Painter(model, generate.device("cpu"))
+    painter.use([generate.Weighted(painter.read(weights))])
+    learned = painter.family
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], adapted: bool) -> list[Image.Image]:
         if adapted:
             return _drawn(learned, prompts, seeds, drawn)
-        pictures = of_base(weights.model.model_dump_json(), tuple(prompts), tuple(seeds))
+        pictures = of_base(model.model_dump_json(), tuple(prompts), tuple(seeds))
         drawn(len(pictures))
         return list(pictures)
 
@@ -73,9 +73,8 @@ def of_base(model: str, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> tup
 
 
 def _base(model: ModelArgs) -> ModelFamily:
-    model = generate.located(generate.Weights(None, {}, model)).model
-    kind: Any = registry.load(FAMILIES, sniff.named(model).family, "model.family")
-    return kind.load(model, generate.device("cpu"))
+    located = model.model_copy(update={"base": environment.located(model.base)})
+    return generate.Painter(located, generate.device("cpu")).family
 
 
 def _drawn(

@@ -246,7 +246,9 @@ def test_embeddings_load_in_diffusers_and_are_the_live_encoding(tiny_base: Path,
         file.rename(made.export / file.name)
     weights = generate.find(made.root)
     assert set(weights.embeddings) == {"TOK", "KIT"}
-    painted = generate.Painter(weights, torch.device("cpu")).family
+    painter = generate.Painter(generate.base_of([weights]), torch.device("cpu"))
+    painter.use([generate.Weighted(painter.read(weights))])
+    painted = painter.family
     assert torch.equal(painted.encode(["a TOK on a red KIT"]).hidden, live)
     with pytest.raises(generate.GenerateError, match="there are 2 embeddings"):
         generate.find(made.root, trigger="X")
@@ -257,4 +259,4 @@ def test_file_names_differ_even_where_case_does_not_count() -> None:
     assert export.embedding_names("r", ["TOK"]) == {"TOK": "r_embedding"}
     named = export.embedding_names("r", ["TOK", "tok", "<a b>"])
     assert named == {"TOK": "r_TOK_embedding", "tok": "r_tok-2_embedding", "<a b>": "r_a_b_embedding"}
-    assert export.diffusers_tokens(["TOK", "tok"]) == {"TOK": "<tok>", "tok": "<tok-2>"}
+    assert export.names.diffusers_tokens(["TOK", "tok"]) == {"TOK": "<tok>", "tok": "<tok-2>"}

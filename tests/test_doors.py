@@ -347,14 +347,16 @@ def test_predict_draws_the_trainers_own_samples_from_a_run_and_from_its_files(
     assert (
         draw("--weights", str(done.export / "pytorch_lora_weights.safetensors"), "--base", str(tiny_base), *same) == 0
     )
+    assert draw("--weights", str(done.root), "0.5", "tokens=1", *same) == 0
     assert draw("--weights", str(done.root), *same, "--strength", "0.5") == 0
     drawn = [Image.open(path).convert("RGB").tobytes() for path in sorted(tmp_path.glob("*.png"))]
-    assert len(drawn) == 4, "earlier pictures are kept"
+    assert len(drawn) == 5, "earlier pictures are kept"
     trained = {path.parent.name: Image.open(path).convert("RGB").tobytes() for path in done.samples.rglob("00_*.png")}
     for picture in drawn[:3]:
         assert difference(picture, trained["after_1"]) <= 1
     assert difference(drawn[3], trained["after_0.5"]) <= 1
     assert difference(drawn[3], trained["after_1"]) > 1
+    assert difference(drawn[4], drawn[3]) > 1, "a weaker adapter's tokens are weaker, too"
     facts = json.loads(Image.open(sorted(tmp_path.glob("*.png"))[0]).info["tempera"])  # type: ignore[arg-type]
     assert facts["prompt"] == "a red TOK"
     assert facts["seed"] == 1234
@@ -373,7 +375,7 @@ def difference(a: bytes, b: bytes) -> int:
         ("{tmp}/none.safetensors", "does not exist"),
         ("{tmp}/broken.safetensors", "is a pickle, which could run code when it is read, and no .safetensors file"),
         ("{tmp}", "is no run directory"),
-        ("{tmp}/wide.safetensors", "do not fit the base"),
+        ("{tmp}/wide.safetensors", "do not fit a weight of [32, 32]"),
         ("{tmp}/deep.safetensors", "changes 1 layers that the base has not"),
         ("{tmp}/partly.safetensors", "changes 1 layers that the base has not"),
         ("{base}/vae/diffusion_pytorch_model.safetensors", "tensors that are not understood"),

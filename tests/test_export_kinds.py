@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -127,13 +128,14 @@ def test_what_we_draw_from_the_file_is_what_the_trainer_draws(tiny_base: Path, t
     plain = sampler.generate(family, ["a red star"], seeds=[3], steps=2, guidance=2.0)
     parts = trained(family, args)
     exporting.export(tmp_path, "run", family, parts, args)
-    weights = generate.find(tmp_path / "run.safetensors", base=str(tiny_base))
-    painter = generate.Painter(weights, CPU)
+    painter = generate.Painter(args.model, CPU)
+    learned = painter.read(generate.find(tmp_path / "run.safetensors"))
     for strength in (1.0, 0.5):
         live = sampler.generate(
             family, ["a red star"], seeds=[3], steps=2, guidance=2.0, adapters=parts, strength=strength
         )
-        drawn = painter.draw(["a red star"], seed=3, steps=2, guidance=2.0, strength=strength)
+        painter.use([generate.Weighted(learned, generate.Strength(strength))])
+        drawn = painter.draw(["a red star"], [3], generate.Look(steps=2, guidance=2.0))
         assert difference(drawn[0], live[0]) <= 1
         assert difference(live[0], plain[0]) > 2
 
@@ -263,7 +265,7 @@ def test_sdxls_names_are_read_back(tiny_sdxl: Path, tmp_path: Path, kind: str) -
     assert {component for component, _ in updates} == {"denoiser", "text_encoder", "text_encoder_2"}
     assert updates.keys() == live.keys()
     before = {key: m.weight.detach().clone() for key, m in layers_of(fresh).items() if hasattr(m, "weight")}
-    layouts.Merged(fresh, updates).set(1.0)
+    layouts.Blend(fresh).set([(updates, lambda component, path: 1.0)])
     for key, layer in layers_of(fresh).items():
         if key in live:
             torch.testing.assert_close(layer.weight - before[key], live[key].weight, rtol=1e-3, atol=1e-5)
@@ -282,7 +284,7 @@ def test_the_note_and_facts_tell_the_kind(tiny_base: Path, tmp_path: Path) -> No
         assert words in note
         assert "`style.safetensors` at 0.5" in note
         assert "/somewhere" not in note
-        with generate.safe_open(tmp_path / "run.safetensors", framework="pt") as opened:
+        with safe_open(tmp_path / "run.safetensors", framework="pt") as opened:
             shown = opened.metadata()
         assert shown["ss_network_module"] == facts[0]
         assert shown.get("ss_network_dim") == facts[1]

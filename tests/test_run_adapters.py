@@ -51,7 +51,10 @@ def test_text_encoders_are_trained_capped_gone_on_from_and_merged(
     assert max(norms.values()) == pytest.approx(0.25, rel=1e-3)
     file = first / "export" / "first.safetensors"
     assert any(key.startswith("lora_te_text_model_") for key in load_file(file))
-    assert generate.Painter(generate.find(first), torch.device("cpu")).draw(["a red star"], seed=1, steps=1)
+    weights = generate.find(first)
+    painter = generate.Painter(generate.base_of([weights]), torch.device("cpu"))
+    painter.use([generate.Weighted(painter.read(weights))])
+    assert painter.draw(["a red star"], [1], generate.Look(steps=1))
 
     options = tree(tiny_base, tiny_pictures, tmp_path, "second", {**adapter, "start": str(first)})
     with run.opened(cli.validate(options)) as session:
@@ -90,7 +93,7 @@ def test_a_kind_trains_in_half_precision(
 
 def test_a_merge_that_cannot_be_read_leaves_no_run(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> None:
     options = tree(tiny_base, tiny_pictures, tmp_path, "bad", {}, merge={str(tmp_path / "no.safetensors"): 1.0})
-    said = r"model\.merge: .*no\.safetensors is no \.safetensors file"
+    said = r"model\.merge: .*no\.safetensors does not exist"
     with pytest.raises(run.RunError, match=said), run.opened(cli.validate(options)):
         pass
     assert not (tmp_path / "bad").exists()

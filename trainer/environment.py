@@ -26,7 +26,7 @@ def describe(family: ModelFamily, device: torch.device, processes: int = 1) -> d
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(*PACKAGES),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
@@ -86,6 +86,11 @@ def located(base: str) -> str:
     """The absolute path of a local base, found from here or beside the project; a hub id as it is."""
     path = Path(base).expanduser()
     return next((str(there.absolute()) for there in (path, ROOT / path) if there.exists()), base)
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """By package; None where it is not installed."""
+    return {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str | None:

@@ -83,6 +83,17 @@ def known(name: str) -> str:
     raise SchedulerError(f"scheduler {name!r} is unknown{hint} (allowed: {', '.join(SCHEDULERS)})")
 
 
+def named(scheduler: Any) -> str:
+    """The name in the table of a scheduler of diffusers; its class where the table has none like it."""
+    karras = bool(scheduler.config.get("use_karras_sigmas"))
+    for name, entry in SCHEDULERS.items():
+        options = {**_KARRAS, **entry.options} if karras else entry.options
+        same = all(scheduler.config.get(key) == value for key, value in options.items())
+        if entry.kind == type(scheduler).__name__ and same and karras == name.endswith("_karras"):
+            return name
+    return type(scheduler).__name__
+
+
 def build(own: Any, target: str, name: str | None = None) -> Any:
     """A scheduler along the noise path of the base's `own`, whose model predicts `target`.
 

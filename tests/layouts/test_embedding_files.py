@@ -104,16 +104,16 @@ def test_cog_sdxl_is_found_and_drawn_with(sdxl: Any, tiny_sdxl: Path, tmp_path: 
     (tmp_path / "special_params.json").write_text(json.dumps({"TOK": "<s0><s1>", "BAR": "<s2>"}))
     assert layouts.triggers_of(tmp_path / "embeddings.pti") == {"TOK": slice(0, 2), "BAR": slice(2, 3)}
     (tmp_path / "special_params.json").write_text(json.dumps({"ME": "<s0><s1><s2>"}))
-    weights = generate.find(tmp_path, str(tiny_sdxl))
-    assert weights.embeddings == {"ME": tmp_path / "embeddings.pti"}
-    painter = generate.Painter(weights, CPU)
+    weights = generate.find(tmp_path)
+    assert {trigger: found.file for trigger, found in weights.embeddings.items()} == {"ME": tmp_path / "embeddings.pti"}
+    painter = generate.Painter(generate.base_of([weights], str(tiny_sdxl)), CPU)
+    painter.use([generate.Weighted(painter.read(weights), generate.Strength(0.5, tokens=1.0))])
     prompts = ["a red ME", "a red circle"]
     hidden = painter.family.encode(prompts[:1]).hidden
     assert not torch.equal(hidden, sdxl.encode(prompts[:1]).hidden)
     key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     weight = sdxl.denoiser.get_submodule(key).weight
     change = lora[f"{layer}.up.weight"] @ lora[f"{layer}.down.weight"]
-    painter.draw(prompts[1:], seed=0, strength=0.5, steps=1, width=32, height=32)
     live = painter.family.denoiser.get_submodule(key).weight
     torch.testing.assert_close(live, weight + 0.5 * change, rtol=0, atol=1e-5)
 

@@ -6,44 +6,20 @@ first trigger, then those of the second, the triggers in the order of the alphab
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from trainer.adapters.layered import check_names
+from trainer.adapters.placeholders import Inserted, Placeholders, RowEmbedding, word_rows
 from trainer.adapters.row_penalties import ORDINARY, Covariance, condition_norm, condition_penalty, std_penalty
 from trainer.adapters.similarity import approach_pictures
 from trainer.args import TextArgs
 from trainer.types import BaseModelError, ModelFamily
-
-
-class RowEmbedding(nn.Module):
-    """A token table whose ids from the frozen vocabulary on are rows of a parameter."""
-
-    def __init__(self, table: nn.Embedding, rows: Tensor) -> None:
-        super().__init__()
-        self.table = table
-        self.rows = nn.Parameter(rows)
-        self.vocab = table.num_embeddings
-
-    @property
-    def weight(self) -> Tensor:
-        """The whole table, old and new, as programs that inspect an embedding expect."""
-        return torch.cat([self.table.weight, self.rows.to(self.table.weight)])
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """[B, L] -> [B, L, D] in the table's dtype."""
-        new = ids >= self.vocab
-        old: Tensor = self.table(ids.masked_fill(new, 0))
-        rows = self.rows.to(old.dtype)[(ids - self.vocab).clamp(min=0)]
-        return torch.where(new.unsqueeze(-1), rows, old)
 
 
 @dataclass(frozen=True)
@@ -79,14 +55,11 @@ class TextualInversion:
         self.triggers = tuple(concept.trigger for concept in self._concepts)
         if not self.triggers or len(set(self.triggers)) < len(self.triggers):
             raise ValueError(f"textual inversion needs triggers that differ, and got {self.triggers}")
-        self.placeholders = [f"<concept-{i}>" for i in range(args.tokens * len(self.triggers))]
-        longest_first = "|".join(re.escape(word) for word in sorted(self.triggers, key=len, reverse=True))
-        self._word = re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)")
+        self._words = Placeholders(dict.fromkeys(self.triggers, args.tokens))
         self._seed = seed
         self._on = True
         self._family: ModelFamily | None = None
-        self._embeddings: dict[str, RowEmbedding] = {}
-        self._tokenizers: dict[str, Any] = {}  # the family's own, put back by detach
+        self._inserted: Inserted | None = None
         self._targets: dict[str, Tensor] = {}  # mean std of the frozen rows
         self._covariances: dict[str, Covariance] = {}  # of the frozen rows, where it is asked for
         self._usual: Tensor | None = None  # norm of an ordinary prompt's mean condition, likewise
@@ -100,36 +73,30 @@ class TextualInversion:
                 self._usual = condition_norm(family.encode(ORDINARY).hidden).mean()
         starts = {key: self._start(key, family) for key in family.text_encoders}
         for key, encoder in family.text_encoders.items():
-            self._tokenizers[key] = family.tokenizers[key]
-            family.tokenizers[key] = self._with_placeholders(family.tokenizers[key])
             text: Any = encoder
             table = text.get_input_embeddings()
             self._targets[key] = table.weight.float().std(dim=1).mean()
             if self.args.covariance_weight:
                 self._covariances[key] = Covariance.of(table.weight.detach())
-            self._embeddings[key] = RowEmbedding(table, starts[key].to(table.weight.device))
-            text.set_input_embeddings(self._embeddings[key])
-        family.prompt_rules.append(self.expand)
+        self._inserted = Inserted(family, self._words, starts, self.expand)
         self._family = family
         return [(f"{key}.rows", embedding.rows) for key, embedding in self._embeddings.items()]
 
+    @property
+    def _embeddings(self) -> Mapping[str, RowEmbedding]:
+        return self._inserted.embeddings if self._inserted else {}
+
     def detach(self) -> None:
         """Puts the family's own tables and tokenizers back."""
-        if self._family is None:
+        if self._inserted is None:
             return
-        for key, embedding in self._embeddings.items():
-            text: Any = self._family.text_encoders[key]
-            text.set_input_embeddings(embedding.table)
-            self._family.tokenizers[key] = self._tokenizers[key]
-        self._family.prompt_rules.remove(self.expand)
-        self._family, self._embeddings, self._tokenizers, self._targets = None, {}, {}, {}
+        self._inserted.take_out()
+        self._family, self._inserted, self._targets = None, None, {}
         self._covariances, self._usual = {}, None
 
     def expand(self, prompt: str) -> str:
         """The prompt with each trigger, as a word, replaced by its placeholder tokens."""
-        if not self._on:
-            return prompt
-        return self._word.sub(lambda found: "".join(self.placeholders[self._place(found[0])]), prompt)
+        return self._words.expand(prompt) if self._on else prompt
 
     def state_dict(self) -> dict[str, Tensor]:
         """Rows by the name that `attach` gave them (detached, sharing memory)."""
@@ -179,32 +146,17 @@ class TextualInversion:
 
     def rows(self, trigger: str | None = None) -> Mapping[str, Tensor]:
         """Text encoder -> [n, D], for export: of one trigger, or of all, one after the other."""
-        place = slice(None) if trigger is None else self._place(trigger)
+        place = slice(None) if trigger is None else self._words.place(trigger)
         return {key: embedding.rows.detach()[place] for key, embedding in self._embeddings.items()}
-
-    def _place(self, trigger: str) -> slice:
-        """Where the rows of a trigger are."""
-        first = self.triggers.index(trigger) * self.args.tokens
-        return slice(first, first + self.args.tokens)
-
-    def _with_placeholders(self, tokenizer: Any, count: int | None = None) -> Any:
-        """A copy of the tokenizer that knows the placeholders, or the first `count` of them."""
-        placeholders = self.placeholders[:count]
-        grown = copy.deepcopy(tokenizer)
-        grown.add_tokens([AddedToken(token, normalized=False) for token in placeholders])
-        ids: list[int] = grown.convert_tokens_to_ids(placeholders)
-        if ids != list(range(len(tokenizer), len(tokenizer) + len(ids))):
-            raise BaseModelError(f"the base's tokenizer knows {self.placeholders[0]} already; it cannot be trained on")
-        return grown
 
     def _start(self, key: str, family: ModelFamily) -> Tensor:
         """[n, D] float32 on the CPU, by `args.init`."""
         text: Any = family.text_encoders[key]
         table: Tensor = text.get_input_embeddings().weight.detach().float().cpu()
-        drawn = random_rows(table, len(self.placeholders), self._seed)
+        drawn = random_rows(table, len(self._words.names), self._seed)
         return torch.cat(
             [
-                self._own_start(concept, drawn[self._place(concept.trigger)], key, family, table)
+                self._own_start(concept, drawn[self._words.place(concept.trigger)], key, family, table)
                 for concept in self._concepts
             ]
         )
@@ -223,8 +175,8 @@ class TextualInversion:
             )
         if not concept.pictures:
             raise ValueError("text.init is similarity, which needs the training pictures, and none were given")
-        grown = self._with_placeholders(family.tokenizers[key], tokens)
-        prompt = "a photo of " + "".join(self.placeholders[:tokens])
+        grown = self._words.grown(family.tokenizers[key], tokens)
+        prompt = "a photo of " + "".join(self._words.names[:tokens])
         ids = torch.tensor([grown(prompt).input_ids[: grown.model_max_length]])
         return approach_pictures(
             family.clip_folders[key], drawn, ids, concept.pictures, end_id=grown.eos_token_id, wrap=RowEmbedding
@@ -237,11 +189,3 @@ def random_rows(table: Tensor, count: int, seed: int) -> Tensor:
     rows = torch.randn(count, table.shape[1], generator=generator)
     rows = (rows - rows.mean(dim=1, keepdim=True)) / rows.std(dim=1, keepdim=True)
     return rows * table.std(dim=1).mean()
-
-
-def word_rows(table: Tensor, tokenizer: Any, words: str, count: int) -> Tensor:
-    """`count` copies [count, D] of the mean row of the words' tokens."""
-    ids: list[int] = tokenizer(words, add_special_tokens=False).input_ids
-    if not ids:
-        raise BaseModelError(f"text.init_words {words!r} holds no token that the base knows")
-    return table[ids].mean(dim=0, keepdim=True).repeat(count, 1)

@@ -24,6 +24,7 @@ from trainer.updates import Difference, LohaTensors, LokrTensors, LoraTensors, U
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as modelspec spells them; it has no word for others
 TAGS = 500  # of each trigger at most, so that the header stays below the 1 MiB that ComfyUI shows
+START_WORDS = "tempera.start_words"  # of an embedding
 THUMBNAIL = 256  # pixels
 
 
@@ -69,7 +70,14 @@ def of_layers(name: str, modules: Modules, family: ModelFamily, args: TrainArgs,
 def of_rows(name: str, trigger: str, family: ModelFamily, args: TrainArgs, made: Made) -> dict[str, str]:
     """Of an embedding, which stands for one trigger."""
     own = _model(name, family, args, kind="textual-inversion") | {"modelspec.trigger_phrase": trigger}
-    return _kept(args, minimal=own, full=_author(args, made))
+    return _kept(args, minimal={**own, **_start(args, trigger)}, full=_author(args, made))
+
+
+def _start(args: TrainArgs, trigger: str) -> dict[str, str]:
+    """The words that the trigger's vectors started from, where there were any: a weaker trigger is nearer to them."""
+    own = [concept.init_words for concept in args.data.concepts.values() if concept.trigger == trigger]
+    words = next((words for words in own if words), args.text.init_words)
+    return {START_WORDS: words} if words and args.text.init != "random" else {}
 
 
 def of_model(name: str, family: ModelFamily, args: TrainArgs, made: Made) -> dict[str, str]:

@@ -4,8 +4,8 @@ from trainer.layouts import container
 from trainer.layouts.container import LayoutError, Opened
 from trainer.layouts.embeddings import is_embedding, read_embedding, triggers_of
 from trainer.layouts.folders import peft_folders
-from trainer.layouts.merge import Merged, merge
-from trainer.layouts.read import files_of, is_plain_lora, read
+from trainer.layouts.merge import Blend, Updates, check, merge
+from trainer.layouts.read import files_of, read
 from trainer.layouts.write import (
     Modules,
     by_rows,
@@ -17,19 +17,20 @@ from trainer.layouts.write import (
 )
 
 __all__ = [
+    "Blend",
     "LayoutError",
-    "Merged",
     "Modules",
     "Opened",
+    "Updates",
     "by_rows",
     "cannot_say",
+    "check",
     "comfy_state",
     "container",
     "diffusers_metadata",
     "diffusers_state",
     "files_of",
     "is_embedding",
-    "is_plain_lora",
     "kohya_state",
     "merge",
     "peft_folders",

@@ -24,7 +24,6 @@ from trainer.updates import Update
 PEFT, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 IN_FOLDERS = ("lora.safetensors", "pytorch_lora_weights.safetensors")  # cog-sdxl; diffusers
 PEFT_KINDS = ("LORA", "LOHA", "LOKR")
-KOHYA = ("lora_down.weight", "lora_up.weight")
 LISTED = 5  # of what was not understood
 
 
@@ -85,19 +84,6 @@ def read(given: str | Path, family: Modular) -> dict[tuple[str, str], Update]:
             raise LayoutError(f"{given} changes {len(twice)} layers twice, {' '.join(min(twice))} for one")
         found |= own
     return found
-
-
-def is_plain_lora(path: Path, family: Modular) -> bool:
-    """Whether a file holds LoRAs and nothing else, named as this family's own files, which diffusers reads."""
-    if not path.is_file():
-        return False
-    own: set[str] = set()
-    for component, name, _ in _layers(family):
-        own |= {f"{family.clients.kohya(component, name)}.{end}" for end in (*KOHYA, "alpha")}
-        own |= {f"{family.clients.diffusers(component, name)}.{end}" for end in ("lora_A.weight", "lora_B.weight")}
-    held = list(Opened(path))
-    text = [key for key in held if key.startswith("lora_te")]
-    return own.issuperset(held) and (not text or any("_out_proj." in key for key in text))  # else diffusers errs
 
 
 @dataclass(frozen=True)
