@@ -1,6 +1,6 @@
 """How clients' files spell updates of layers: written, read back, added to the weights of a base."""
 
-from trainer.layouts import container
+from trainer.layouts import container, embeddings
 from trainer.layouts.container import LayoutError, Opened
 from trainer.layouts.embeddings import is_embedding, read_embedding, triggers_of
 from trainer.layouts.folders import peft_folders
@@ -29,6 +29,7 @@ __all__ = [
     "container",
     "diffusers_metadata",
     "diffusers_state",
+    "embeddings",
     "files_of",
     "is_embedding",
     "kohya_state",

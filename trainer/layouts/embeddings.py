@@ -54,7 +54,7 @@ def read_embedding(path: Path, family: Modular, trigger: str | None = None) -> d
     Raises:
         LayoutError: the file is damaged, holds anything else, or is for other text encoders.
     """
-    tensors = _tensors(path)
+    tensors = vectors(path)
     encoders = {name: encoder for encoder, name in family.clients.embeddings.items()}
     own = {**encoders, **{name: encoder for name, encoder in COG.items() if encoder in family.text_encoders}}
     if len(tensors) == 1 and len(encoders) == 1 and not tensors.keys() & {"clip_l", "clip_g", "emb_params", *COG}:
@@ -68,17 +68,18 @@ def read_embedding(path: Path, family: Modular, trigger: str | None = None) -> d
 
 
 def _rows(path: Path, tensor: Tensor, encoder: str, family: Modular) -> Tensor:
-    vectors = tensor.float().reshape(-1, tensor.shape[-1]) if tensor.ndim in (1, 2) else None
+    found = tensor.float().reshape(-1, tensor.shape[-1]) if tensor.ndim in (1, 2) else None
     text: Any = family.text_encoders[encoder]
     width = int(text.get_input_embeddings().weight.shape[1])
-    if vectors is None or vectors.shape[1] != width or not len(vectors):
+    if found is None or found.shape[1] != width or not len(found):
         raise LayoutError(f"{path} holds vectors of {list(tensor.shape)}, and the base's {encoder} takes [n, {width}]")
-    if not bool(vectors.isfinite().all()):
+    if not bool(found.isfinite().all()):
         raise LayoutError(f"{path} holds numbers that are NaN or infinite")
-    return vectors
+    return found
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def vectors(path: Path) -> dict[str, Tensor]:
+    """The tensors by their names, as the file has them."""
     if path.suffix.lower() not in PICKLES:
         file = Opened(path)
         return {key: file.tensor(key) for key in file}

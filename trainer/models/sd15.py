@@ -41,7 +41,12 @@ class SD15(LatentFamily):
         self, base: Parts, *, prediction: str = "auto", clip_folders: Mapping[str, Path] | None = None
     ) -> None:
         super().__init__(base, prediction=prediction, clip_folders=clip_folders)
-        self.clients = replace(self.clients, comfy=spelling.comfy(spelling.ldm_paths(self._unet.config)))
+        self.clients = self.named(self._unet.config)
+
+    @classmethod
+    def named(cls, config: Any) -> ClientNames:
+        """The names that programs have for the layers of a UNet with this config."""
+        return replace(cls.clients, comfy=spelling.comfy(spelling.ldm_paths(config)))
 
     def _encode(self, prompts: Sequence[str]) -> Cond:
         """Last hidden states [B, L, D] of the text tower, after its last norm."""

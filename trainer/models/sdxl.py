@@ -48,8 +48,19 @@ class SDXL(LatentFamily):
         self, base: Parts, *, prediction: str = "auto", clip_folders: Mapping[str, Path] | None = None
     ) -> None:
         super().__init__(base, prediction=prediction, clip_folders=clip_folders)
-        ldm = spelling.ldm_paths(self._unet.config)
-        self.clients = ClientNames(
+        self.clients = self.named(self._unet.config)
+        pooling: Any = self.text_encoders["text_encoder_2"]
+        if pooling.text_model.eos_token_id == NO_EOS:
+            # The largest id is the end token's until placeholder tokens with larger ids are learned: then the pooled
+            # vector would be read off one of them, and not off the end as ComfyUI and A1111 do. Without them nothing
+            # changes.
+            pooling.text_model.eos_token_id = self.tokenizers["text_encoder_2"].eos_token_id
+
+    @classmethod
+    def named(cls, config: Any) -> ClientNames:
+        """The names that programs have for the layers of a UNet with this config."""
+        ldm = spelling.ldm_paths(config)
+        return ClientNames(
             base_version="sdxl_base_v1-0",
             architecture="stable-diffusion-xl-v1-base",
             diffusers=spelling.diffusers,
@@ -57,12 +68,6 @@ class SDXL(LatentFamily):
             comfy=spelling.comfy(ldm),
             embeddings={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
         )
-        pooling: Any = self.text_encoders["text_encoder_2"]
-        if pooling.text_model.eos_token_id == NO_EOS:
-            # The largest id is the end token's until placeholder tokens with larger ids are learned: then the pooled
-            # vector would be read off one of them, and not off the end as ComfyUI and A1111 do. Without them nothing
-            # changes.
-            pooling.text_model.eos_token_id = self.tokenizers["text_encoder_2"].eos_token_id
 
     def _encode(self, prompts: Sequence[str]) -> Cond:
         """hidden [B, L, D]: the last but one layer of both towers, side by side; pooled [B, P]: the second's."""

@@ -1,0 +1,1 @@
+"""Tools around files of updates and checkpoints: inspect, convert, merge, extract, resize, strip, compare."""
