@@ -9,16 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.adapters.row_penalties import ORDINARY, Covariance, condition_norm
-from trainer.adapters.textual_inversion import TextualInversion
+from trainer.adapters.row_penalties import ORDINARY, Covariance, condition_norm, std_penalty
+from trainer.adapters.textual_inversion import Concept, TextualInversion
 from trainer.args import ModelArgs, TextArgs
 from trainer.models.sd15 import SD15
+from trainer.models.sdxl import SDXL
 
 
 def words(count: int = 400, width: int = 6) -> Tensor:
     """A table that varies much in its first directions, about a mean that is not 0."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, width, generator=generator) * torch.tensor([3.0, 2, 1, 0.5, 0.2, 0.1]) + 1.0
+
+
+def test_the_std_penalty_is_of_each_row() -> None:
+    rows = torch.tensor([[0.0, 2.0], [0.0, 6.0], [5.0, 7.0]])  # stds sqrt(2), 3 sqrt(2), sqrt(2)
+    torch.testing.assert_close(std_penalty(rows, torch.tensor(2.0).sqrt()), torch.tensor(4 / 3))
 
 
 @pytest.mark.parametrize("count", [1, 2, 40])
@@ -101,3 +107,29 @@ def test_penalties_add_up_and_leave_with_the_adapter(tiny_base: Path) -> None:
     torch.testing.assert_close(together, torch.stack([part for part in alone if part is not None]).sum())
     inversion.detach()
     assert inversion.penalty() is None
+
+
+def test_all_text_encoders_count_alike(tiny_sdxl: Path) -> None:
+    family = SDXL.load(ModelArgs(base=str(tiny_sdxl)), torch.device("cpu"))
+    tables = {key: encoder.get_input_embeddings().weight.detach() for key, encoder in family.text_encoders.items()}  # pyright: ignore
+    args = TextArgs.model_validate({"tokens": 2, "std_weight": 0.5, "covariance_weight": 0.25})
+    inversion = TextualInversion(args, "TOK", 0)
+    first, _ = inversion.attach(family)
+    first[1].data.mul_(3.0)  # (3 - 1)^2, and 0 for the other's
+    far = [Covariance.of(tables[key]).distance(rows).item() for key, rows in inversion.rows().items()]
+    penalty = inversion.penalty()
+    assert penalty is not None
+    assert penalty.item() == pytest.approx(0.5 * 4 / 2 + 0.25 * sum(far) / 2, rel=1e-4)
+
+
+def test_the_condition_is_held_for_every_trigger(tiny_base: Path) -> None:
+    family = SD15.load(ModelArgs(base=str(tiny_base)), torch.device("cpu"))
+    usual = condition_norm(family.encode(ORDINARY).hidden).mean()
+    args = TextArgs.model_validate({"tokens": 1, "std_weight": 0.0, "condition_weight": 2.0})
+    inversion = TextualInversion(args, [Concept("KIT"), Concept("TOK")], 0)
+    inversion.attach(family)
+    own = condition_norm(family.encode(["a photo of KIT", "a photo of TOK"]).hidden)
+    assert own[0] != own[1]
+    penalty = inversion.penalty()
+    assert penalty is not None
+    assert penalty.item() == pytest.approx(2.0 * ((own / usual - 1) ** 2).mean().item(), rel=1e-4)

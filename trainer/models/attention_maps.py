@@ -63,7 +63,6 @@ def watched(unet: nn.Module, places: Tensor, cell: int) -> Generator[Callable[[]
     seen: dict[tuple[int, str], Tensor] = {}  # nothing is computed here: a checkpointed block would compute it again
 
     def begin(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        seen.clear()
         sides[:] = given[0].shape[-2:]
 
     def keep(at: tuple[int, str]) -> Callable[[nn.Module, Any, Tensor], None]:
