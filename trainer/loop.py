@@ -23,7 +23,7 @@ from trainer.listeners import Listeners
 from trainer.optim import Rates, logged
 from trainer.optim import step as step_of
 from trainer.seed import derive
-from trainer.types import Adapter, Batch, Cond, Hook, Keeps, ModelFamily, Objective, Samples, Step, Watch
+from trainer.types import Adapter, Batch, Cond, Draws, Hook, Keeps, ModelFamily, Objective, Samples, Step, Watch
 
 
 class Micros(Protocol):
@@ -145,6 +145,9 @@ def _micro(run: Run, tell: Listeners, update: int, micro: int) -> _Micro:
     samples = tell(PicturesChosen(update, turn, samples)).samples
     seed = derive(run.seed, "micro", update, turn, 0)
     torch.manual_seed(seed)  # for layers that draw, such as an adapter's dropout
+    for adapter in run.adapters:
+        if isinstance(adapter, Draws):
+            adapter.redraw(seed)
     sizes = None if samples.sizes is None else samples.sizes.to(engine.device)
     with engine.autocast():
         batch = Batch(

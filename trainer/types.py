@@ -269,6 +269,15 @@ class HasScales(Protocol):
         ...
 
 
+@runtime_checkable
+class Draws(Protocol):
+    """An adapter whose layers leave something out while they are trained."""
+
+    def redraw(self, seed: int) -> None:
+        """Draws what is left out until the next call, from `seed` alone; the loop gives one for each micro."""
+        ...
+
+
 class Objective(Protocol):
     def __call__(self, predict: Predict, batch: Batch) -> Loss: ...
 

@@ -7,12 +7,14 @@ only, so the layer is this room's own; there it is compared with PEFT's.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.adapters.drops import Drops
 from trainer.adapters.layered import expect, put
 from trainer.adapters.lora import effective_alpha, rescaled
 from trainer.adapters.stand_in import InPlace, StandIn
@@ -33,13 +35,18 @@ class Turned(StandIn):
         nn.init.kaiming_uniform_(self.own["lora_A"], a=math.sqrt(5))
         self.own["magnitude"] = nn.Parameter(lengths(base.weight.detach().float().cpu(), of_rows=of_rows))
         self.dropout = nn.Dropout(dropout)
+        self.drops: Drops | None = None  # of ranks
 
     def update(self) -> LoraTensors:
         return LoraTensors(self.own["lora_A"], self.own["lora_B"], self.alpha, self.own["magnitude"])
 
     def changed(self, x: Tensor, strength: float) -> Tensor:
         base: Any = self.base_layer
-        change = difference(self.update(), base.weight)
+        update = self.update()
+        if self.drops is not None and self.training:  # of all pictures together: they share V and its lengths
+            down = update.down
+            update = replace(update, down=down * self.drops.kept(down, [down.shape[0], *[1] * (down.ndim - 1)]))
+        change = difference(update, base.weight)
         change = change if strength == 1.0 else strength * change
         given = self.dropout(x.to(change.dtype))
         added = F.linear(given, change) if isinstance(base, nn.Linear) else base._conv_forward(given, change, None)
@@ -61,6 +68,9 @@ class DoRA(InPlace):
             "lora_B.weight": layer.own["lora_B"],
             "magnitude": layer.own["magnitude"],
         }
+
+    def _drop_ranks(self, layer: Any, drops: Drops) -> None:
+        layer.drops = drops
 
     def _update(self, layer: Any) -> Update:
         return layer.update()

@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from trainer.adapters.drops import Drops, leave_out_all
 from trainer.adapters.targets import MATRICES, Target, choose
 from trainer.args import AdapterArgs
 from trainer.types import BaseModelError, ModelFamily
@@ -49,6 +50,7 @@ class Layers(ABC):
         self._part = part
         self._seed = seed
         self._layers: dict[tuple[str, str], Any] = {}  # (component, module path) -> Layer
+        self._drops: list[Drops] = []  # of the layers, where something is left out
 
     # --- what a kind says
 
@@ -67,6 +69,10 @@ class Layers(ABC):
     @abstractmethod
     def _update(self, layer: Any) -> Update:
         """What the layer's parameters say, with gradients, at full strength."""
+
+    def _drop_ranks(self, layer: Any, drops: Drops) -> None:
+        """Has the layer leave out what `drops.kept` says, in training."""
+        raise NotImplementedError(f"adapter.rank_dropout is not for kind {self.args.kind}")
 
     # --- what all kinds do
 
@@ -89,6 +95,7 @@ class Layers(ABC):
             for name, root in roots.items():
                 for path, layer in self._put(root, chosen[name]).items():
                     self._layers[name, path] = layer
+        self._drop()
         for parameter in others:  # PEFT freezes all but its own
             parameter.requires_grad_(True)
         found = {(name, target.path) for name, targets in chosen.items() for target in targets}
@@ -99,7 +106,12 @@ class Layers(ABC):
     def detach(self) -> None:
         """Puts the base's own layers back."""
         self._take_out()
-        self._layers = {}
+        self._layers, self._drops = {}, []
+
+    def redraw(self, seed: int) -> None:
+        """Draws anew which ranks and updates are left out until the next call; sampling leaves out none."""
+        for drops in self._drops:
+            drops.redraw(seed)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every parameter by the name that `attach` gave it (detached, sharing memory)."""
@@ -206,6 +218,16 @@ class Layers(ABC):
     def _factors(self, layer: Any) -> list[nn.Parameter]:
         """Parameters whose product the update is."""
         raise ValueError(f"adapter.max_norm is not for kind {self.args.kind}")
+
+    def _drop(self) -> None:
+        args = self.args
+        for key, layer in self._layers.items() if args.rank_dropout or args.module_dropout else ():
+            drops = Drops(args.rank_dropout, args.module_dropout, ".".join(key))
+            if args.rank_dropout:
+                self._drop_ranks(layer, drops)
+            if args.module_dropout:
+                leave_out_all(drops, layer)
+            self._drops.append(drops)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}

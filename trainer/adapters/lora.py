@@ -8,8 +8,9 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from torch import nn
+from torch import Tensor, nn
 
+from trainer.adapters.drops import Drops
 from trainer.adapters.layered import NAME, expect, put
 from trainer.adapters.targets import Target
 from trainer.adapters.tuned import Tuned
@@ -33,6 +34,18 @@ class LoRA(Tuned):
 
     def _tensors(self, layer: Any) -> dict[str, nn.Parameter]:
         return {"lora_A.weight": layer.lora_A[NAME].weight, "lora_B.weight": layer.lora_B[NAME].weight}
+
+    def _drop_ranks(self, layer: Any, drops: Drops) -> None:
+        """Of each picture its own, as sd-scripts has it."""
+
+        def some(down: nn.Module, given: tuple[Tensor, ...], ranks: Tensor) -> Tensor:
+            if not layer.training:
+                return ranks
+            axis = 1 if isinstance(down, nn.Conv2d) else ranks.ndim - 1
+            shape = [size if i in (0, axis) else 1 for i, size in enumerate(ranks.shape)]
+            return ranks * drops.kept(ranks, shape)
+
+        layer.lora_A[NAME].register_forward_hook(some)
 
     def _update(self, layer: Any) -> Update:
         return LoraTensors(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from peft import LoHaConfig, LoKrConfig
 from peft.tuners.loha import LoHaModel
 from peft.tuners.lokr import LoKrModel
-from torch import nn
+from torch import Tensor, nn
 
+from trainer.adapters.drops import Drops
 from trainer.adapters.layered import NAME, expect, put
 from trainer.adapters.targets import Target
 from trainer.adapters.tuned import Tuned, at
@@ -19,7 +20,21 @@ LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
-class LoHa(Tuned):
+class Lycoris(Tuned):
+    """What both share."""
+
+    def _drop_ranks(self, layer: Any, drops: Drops) -> None:
+        """Rows of W' - W, one for each output channel, as LyCORIS has it; its product has no ranks to leave out."""
+        whole: Callable[..., Tensor] = layer.get_delta_weight
+
+        def some(name: str, **options: Any) -> Tensor:
+            change = whole(name, **options)
+            return change * drops.kept(change, [len(change), *[1] * (change.ndim - 1)]) if layer.training else change
+
+        layer.get_delta_weight = some
+
+
+class LoHa(Lycoris):
     """The elementwise product of two low-rank matrices (arXiv 2108.06098): rank r^2 for the price of 2 r."""
 
     def _model(self, root: nn.Module, targets: Sequence[Target]) -> Any:
@@ -51,7 +66,7 @@ class LoHa(Tuned):
         return list(self._tensors(layer).values())
 
 
-class LoKr(Tuned):
+class LoKr(Lycoris):
     """The Kronecker product of a small matrix and of a larger one, which is of low rank if it is large enough."""
 
     ranked = False  # a rank above a factor's width means that the factor is whole

@@ -37,6 +37,7 @@ _ADAPTER_OPTIONS: dict[str, tuple[str, ...]] = {
     "rank_stabilised": ("lora", "dora"),
     "lora_plus": ("lora", "dora"),
     "dropout": ("lora", "dora"),
+    "rank_dropout": ("lora", "dora", "loha", "lokr"),
     "axis": ("dora",),
     "factor": ("lokr",),
     "block": ("oft",),
@@ -81,6 +82,12 @@ class AdapterArgs(Section):
     rank_stabilised: bool = Field(False, description="scale by alpha/sqrt(rank), which large ranks need (rsLoRA)")
     lora_plus: float = Field(1.0, ge=1.0, le=1000.0, description="how many times faster B learns than A (LoRA+: 16)")
     dropout: Probability = Field(0.0, ge=0.0, lt=1.0, description="dropout on the update's input")
+    rank_dropout: Probability = Field(
+        0.0, ge=0.0, lt=1.0, description="share of ranks left out at each pass (loha, lokr: of output channels)"
+    )
+    module_dropout: Probability = Field(
+        0.0, ge=0.0, lt=1.0, description="share of layers that are the base's own at each pass"
+    )
     axis: Literal["input", "output"] = Field(
         "input", description="what DoRA's lengths are of: columns, as clients read it, or rows, as PEFT has it"
     )
