@@ -1,95 +1,58 @@
 """Family x adapter x objective x optimizer: three steps, and the same three with a save and a load between.
 
-Not the whole product, which grows with every part: any two parts meet in at least one row.
+Not the whole product, which grows with every part: any two parts meet in at least one row of tests/cells.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from small import CPU, equal, items, tensors
+from cells import (
+    ADAPTER,
+    AXES,
+    BASES,
+    EVERY_TARGET,
+    EVERYTHING,
+    OBJECTIVE,
+    OPTIMIZER,
+    PAGE,
+    PRECISION,
+    ROWS,
+    SOME,
+    TARGETS,
+    page,
+)
+from small import equal, items, tensors
 
 from trainer import registry
 from trainer.adapters import ADAPTERS
-from trainer.adapters.textual_inversion import TextualInversion
-from trainer.args import AdapterArgs, ComponentOptim, ModelArgs, ObjectiveArgs, TextArgs
+from trainer.adapters.textual_inversion import Concept, TextualInversion
+from trainer.args import (
+    CURVES,
+    PIVOTS,
+    AdapterArgs,
+    ComponentOptim,
+    ModelArgs,
+    ObjectiveArgs,
+    RuntimeArgs,
+    TextArgs,
+)
 from trainer.checkpoint import load, save
 from trainer.dataset import Dataset
+from trainer.engine import Engine
 from trainer.loop import Run, train
 from trainer.models import FAMILIES
 from trainer.objectives import OBJECTIVES
 from trainer.optim import OPTIMIZERS, Rates, build
 from trainer.path import FlowPath, NoisePath, Target
-from trainer.types import Adapter, Cond, ModelFamily, Predict
+from trainer.types import Adapter, Cond, HasScales, ModelFamily, Predict
 from trainer.view import label
-
-# family, fixture of its base: v-prediction, and eps-prediction with two layers a block
-BASES = {
-    "sd15-v": ("sd15", "tiny_base"),
-    "sd15-eps": ("sd15", "tiny_base_deep"),
-    "sd2": ("sd2", "tiny_sd2"),
-    "sdxl": ("sdxl", "tiny_sdxl"),
-}
-
-ADAPTER: dict[str, dict[str, dict[str, Any]]] = {
-    "lora": {"adapter": {"kind": "lora", "rank": 2, "dropout": 0.3}},
-    "lora-conv": {"adapter": {"kind": "lora", "rank": 2, "alpha": 1.0, "targets": "attention+ff+conv"}},
-    "rows": {"text": {"tokens": 2}},
-    "pivotal": {"adapter": {"kind": "lora", "rank": 2, "dropout": 0.3}, "text": {"tokens": 1}},
-    "encoders": {
-        "adapter": {"kind": "lora", "rank": 2, "rank_stabilised": True, "text": {"train": True, "targets": "all"}},
-        "text": {"tokens": 1},
-    },
-    "dora": {"adapter": {"kind": "dora", "rank": 2, "dropout": 0.3, "targets": "attention+ff+conv"}},
-    "dora-rows": {"adapter": {"kind": "dora", "rank": 2, "axis": "output", "targets": "all", "text": {"train": True}}},
-    "loha": {"adapter": {"kind": "loha", "rank": 2, "targets": "attention+ff+conv", "max_norm": 0.01}},
-    "lokr": {"adapter": {"kind": "lokr", "rank": 2, "factor": 4, "targets": "attention+ff+conv", "l1": 0.1}},
-    "oft": {"adapter": {"kind": "oft", "block": 8}},
-    "full": {"adapter": {"kind": "full", "targets": "all"}, "text": {"tokens": 1}},
-    "norms": {"adapter": {"kind": "full", "targets": "norm", "text": {"train": True, "targets": "norm"}}},
-}
-OBJECTIVE: dict[str, dict[str, Any]] = {
-    "denoise": {"kind": "denoise"},
-    "denoise-all": {
-        "kind": "denoise",
-        "min_snr_gamma": 5.0,
-        "offset_noise": 0.1,
-        "mask_floor": 0.1,
-        "t_min": 100,
-        "prior_weight": 0.5,
-    },
-}
-EVERYTHING: dict[str, Any] = {  # that can be on at once
-    **OBJECTIVE["denoise-all"],
-    "weight": {"kind": "soft_min_snr"},
-    "distance": {"kind": "huber", "delta": 0.2, "schedule": "snr"},
-    "levels": {"density": "logit_normal", "mean": 0.3, "shift_by": "flux"},
-    "noise": {"pyramid": 0.3, "perturbation": 0.1, "condition": 0.05, "gamma": 0.01},
-    "mask_prior": 0.5,
-}
-OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
-    "adamw": {
-        "adapter": {"curve": "pivot_adapter", "weight_decay": 0.01},
-        "rows": {"curve": "pivot_rows", "lr": 0.01},
-        "text": {"curve": "linear"},
-    },
-    "prodigy": {
-        "adapter": {"name": "prodigy", "lr": 1.0, "curve": "cosine", "warmup": 0.3},
-        "rows": {"name": "prodigy", "lr": 1.0},
-        "text": {"name": "prodigy", "lr": 1.0, "weight_decay": 0.01},
-    },
-    "averages": {
-        "adapter": {"name": "schedulefree-adamw", "lr": 0.01},
-        "rows": {"name": "prodigy-plus", "lr": 1.0},
-        "text": {"name": "schedulefree-adamw", "lr": 0.01},
-    },
-}
 
 
 def test_the_matrix_has_a_row_for_every_part() -> None:
@@ -98,20 +61,35 @@ def test_the_matrix_has_a_row_for_every_part() -> None:
     assert {row["kind"] for row in OBJECTIVE.values()} == set(OBJECTIVES)
     used = {section.get("name", "adamw") for row in OPTIMIZER.values() for section in row.values()}
     assert used <= set(OPTIMIZERS)  # the loop tells optimizers apart by their averages alone; test_optim.py has each
+    curves = {section.get("curve", "constant") for row in OPTIMIZER.values() for section in row.values()}
+    halves = {"pivot_rows", "pivot_adapter"}  # of adaptive
+    assert curves == {*CURVES, *PIVOTS} - halves - {"rex"}  # pure functions; test_curves.py has each
+    assert get_args(Target) == TARGETS
+    targets = {row.get("adapter", {}).get("targets", "attention") for row in {**ADAPTER, **SOME}.values()}
+    assert targets == set(get_args(AdapterArgs.model_fields["targets"].annotation))
+    options = {name for row in {**ADAPTER, **SOME}.values() for name in row.get("adapter", {})}
+    elsewhere = {"match", "ranks", "alphas", "bias", "start"}  # test_target_layers.py, test_run_adapters.py
+    assert options == set(AdapterArgs.model_fields) - elsewhere
+
+
+def test_the_page_is_that_of_the_rows() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/cells.py"
 
 
 @pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest) -> ModelFamily:
-    """The family of a row of BASES, loaded once: adapters leave it as it was."""
-    name, base = BASES[request.param]
+    """The family of a base and a precision, loaded once: adapters leave it as it was."""
+    name, base = BASES[request.param[0]]
     path: Path = request.getfixturevalue(base)
-    return registry.load(FAMILIES, name, "family").load(ModelArgs(base=str(path)), torch.device("cpu"))
+    args = ModelArgs(base=str(path), **PRECISION[request.param[1]])
+    return registry.load(FAMILIES, name, "family").load(args, torch.device("cpu"))
 
 
-def make_adapters(row: dict[str, dict[str, Any]]) -> list[Adapter]:
+def make_adapters(row: dict[str, Any]) -> list[Adapter]:
     adapters: list[Adapter] = []
     if "text" in row:
-        adapters.append(TextualInversion(TextArgs.model_validate(row["text"]), "TOK", 0, None))
+        concepts = [Concept(trigger) for trigger in row.get("triggers", ["TOK"])]
+        adapters.append(TextualInversion(TextArgs.model_validate(row["text"]), concepts, 0))
     if "adapter" in row:
         args = AdapterArgs.model_validate(row["adapter"])
         adapters.append(registry.load(ADAPTERS, args.kind, "adapter")(args, 0))
@@ -123,10 +101,14 @@ def make_adapters(row: dict[str, dict[str, Any]]) -> list[Adapter]:
 def make_dataset(family: ModelFamily) -> Dataset:
     side = family.resolution
     pictures = items([(side, side)] * 3 + [(side * 2, side)] * 2)
+    pictures[1::2] = [
+        replace(p, caption=f"{p.caption} and a {p.caption.replace('TOK', 'CAT')}") for p in pictures[1::2]
+    ]
     generator = torch.Generator().manual_seed(0)
-    scale = family.latent_scale
+    scale, dtype = family.latent_scale, next(family.denoiser.parameters()).dtype
     latents = {
-        p.name: torch.randn(4, p.bucket[1] // scale, p.bucket[0] // scale, generator=generator) for p in pictures
+        p.name: torch.randn(4, p.bucket[1] // scale, p.bucket[0] // scale, generator=generator).to(dtype)
+        for p in pictures
     }
     latents |= {label(name, mirrored=True): latent.flip(-1) for name, latent in latents.items()}
     masks = {"p0": torch.eye(side // scale)[None]}
@@ -145,15 +127,25 @@ def frozen(family: ModelFamily, adapters: list[Adapter]) -> Predict:
     return predict
 
 
-def make_run(family: ModelFamily, adapters: list[Adapter], objective: dict[str, Any], optimizer: dict[str, Any]) -> Run:
+def make_run(
+    family: ModelFamily, adapters: list[Adapter], objective: dict[str, Any], optimizer: dict[str, Any], dtype: str
+) -> Run:
     components = {adapter.component: adapter.attach(family) for adapter in adapters}
+    engine = Engine(RuntimeArgs.model_validate({"device": "cpu"}), dtype)
+    for _, parameter in (pair for named in components.values() for pair in named):
+        engine.watch(parameter)
+    scales = {
+        a.component: {n: a.lr_scale(n) for n, _ in components[a.component]}
+        for a in adapters
+        if isinstance(a, HasScales)
+    }
     sections = {name: ComponentOptim.model_validate(optimizer[name]) for name in components}
     args = ObjectiveArgs.model_validate(objective)
     return Run(
         family=family,
         adapters=adapters,
         components=components,
-        optimizers={name: build(sections[name], components[name]) for name in components},
+        optimizers={name: build(sections[name], components[name], scales.get(name)) for name in components},
         lr={name: Rates(sections[name], 3, component=name) for name in components},
         dataset=make_dataset(family),
         objective=registry.load(OBJECTIVES, args.kind, "objective")(args, family.path, frozen(family, adapters)),
@@ -163,60 +155,46 @@ def make_run(family: ModelFamily, adapters: list[Adapter], objective: dict[str, 
         accumulate=2,
         max_grad_norm=dict.fromkeys(components, 1.0),
         seed=0,
-        engine=CPU(),
+        engine=engine,
     )
 
 
-Value = tuple[int, str]  # axis, name
-
-
-def pairs_of(values: Iterable[Value]) -> list[tuple[Value, Value]]:
-    return [(one, other) for one, other in combinations(sorted(values), 2) if one[0] != other[0]]
-
-
-def pairwise(*axes: Iterable[str]) -> list[tuple[str, ...]]:
-    """Rows, few of them, so that any two values of different axes meet in one."""
-    names = [list(axis) for axis in axes]
-    missing = dict.fromkeys(pairs_of((axis, name) for axis, column in enumerate(names) for name in column))
-    rows: list[tuple[str, ...]] = []
-    while missing:
-        row = dict(next(iter(missing)))
-        for axis, column in enumerate(names):
-            if axis not in row:
-                row[axis] = max(
-                    column, key=lambda name: sum(p in missing for p in pairs_of([*row.items(), (axis, name)]))
-                )
-        for pair in pairs_of(row.items()):
-            missing.pop(pair, None)
-        rows.append(tuple(row[axis] for axis in range(len(names))))
-    return rows
-
-
-ROWS = pairwise(BASES, ADAPTER, OBJECTIVE, OPTIMIZER)
-
-
 def test_any_two_parts_meet_in_a_row() -> None:
-    axes = (BASES, ADAPTER, OBJECTIVE, OPTIMIZER)
-    for i, j in combinations(range(4), 2):
-        assert {(row[i], row[j]) for row in ROWS} == set(product(axes[i], axes[j]))
+    for i, j in combinations(range(len(AXES)), 2):
+        at = [0, 2, 3, 4]  # a row has its precision second
+        assert {(row[at[i]], row[at[j]]) for row in ROWS} >= set(product(AXES[i], AXES[j]))
+    assert {(row[0], row[1]) for row in ROWS} == set(product(BASES, PRECISION))
+    parts = {**ADAPTER, **SOME}
+    half = {parts[row[2]]["adapter"]["kind"] for row in ROWS if row[1] != "fp32" and "adapter" in parts[row[2]]}
+    assert half == set(ADAPTERS)
+    assert {row[2] for row in ROWS} == {*ADAPTER, *SOME}
 
 
-@pytest.mark.parametrize(("family", "adapter", "objective", "optimizer"), ROWS, indirect=["family"])
+def leave(run: Run) -> None:
+    for part in reversed(run.adapters):
+        part.detach()
+    assert isinstance(run.engine, Engine)
+    run.engine.release()
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "adapter", "objective", "optimizer"),
+    [((base, precision), precision, *rest) for base, precision, *rest in ROWS],
+    indirect=["family"],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
 def test_three_steps_equal_one_saved_and_two_resumed(
-    family: ModelFamily, adapter: str, objective: str, optimizer: str, tmp_path: Path
+    family: ModelFamily, dtype: str, adapter: str, objective: str, optimizer: str, tmp_path: Path
 ) -> None:
     def new() -> Run:
         torch.manual_seed(torch.seed())  # a run that leans on the global generator is found out
         return make_run(
             family,
-            make_adapters(ADAPTER[adapter]),
+            make_adapters({**ADAPTER, **SOME}[adapter]),
             {**OBJECTIVE, "everything": EVERYTHING}[objective],
             OPTIMIZER[optimizer],
+            dtype,
         )
-
-    def leave(run: Run) -> None:
-        for part in reversed(run.adapters):
-            part.detach()
 
     whole = new()
     start = tensors(whole)
@@ -243,21 +221,18 @@ def test_three_steps_equal_one_saved_and_two_resumed(
 
 
 @pytest.mark.parametrize(
-    ("family", "target"),
-    [("sdxl" if target == "epsilon" else "sd15-v", target) for target in get_args(Target)],
-    indirect=["family"],
+    ("family", "target"), [((base, "fp32"), target) for base, target in EVERY_TARGET], indirect=["family"], ids=str
 )
 def test_everything_that_an_objective_can_do_resumes_for_every_target(
     family: ModelFamily, target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = FlowPath.shifted(shift=3.0) if target == "flow_prediction" else NoisePath(sd_alphas(), target)
     monkeypatch.setattr(family, "path", path)
-    test_three_steps_equal_one_saved_and_two_resumed(family, "pivotal", "everything", "adamw", tmp_path)
+    test_three_steps_equal_one_saved_and_two_resumed(family, "fp32", "pivotal", "everything", "adamw", tmp_path)
     terms = {"raw", "weighted", "prior", "prior_weighted", "outside", "outside_weighted", "penalty"}
-    run = make_run(family, make_adapters(ADAPTER["pivotal"]), EVERYTHING, OPTIMIZER["adamw"])
+    run = make_run(family, make_adapters(ADAPTER["pivotal"]), EVERYTHING, OPTIMIZER["adamw"], "fp32")
     step = next(train(run))
-    for part in reversed(run.adapters):
-        part.detach()
+    leave(run)
     assert set(step.terms) == terms
     assert step.terms["raw"] != step.terms["weighted"]
 

@@ -114,7 +114,9 @@ KINDS: dict[str, type[Update]] = {
 
 def drawn(part: Layers, seed: int) -> list[float]:
     part.redraw(seed)
-    return [value for drops in part._drops for value in (drops.everything(), *drops.kept(torch.zeros(()), [3]).tolist())]
+    return [
+        value for drops in part._drops for value in (drops.everything(), *drops.kept(torch.zeros(()), [3]).tolist())
+    ]
 
 
 def options_of(kind: str) -> dict[str, Any]:

@@ -165,7 +165,10 @@ def _other_kind(layers: Mapping[str, nn.Module], wrong: Sequence[str]) -> str:
 def _nothing(option: str, pattern: str, paths: Sequence[str]) -> BaseModelError:
     plain = re.sub(r"\\?\.[*+?]?|[\^$()\[\]|*+?\\]", ".", pattern).strip(".")
     near = difflib.get_close_matches(plain, paths, n=3, cutoff=0.3) or list(paths[:3])
-    return BaseModelError(f"{option} {pattern!r} matches no layer; near it are {', '.join(near)}")
+    return BaseModelError(
+        f"{option} {pattern!r} matches no layer; near it are {', '.join(near)}. Write it as layers are named here, or "
+        "leave it out"
+    )
 
 
 def _few(paths: Sequence[str]) -> str:
