@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from small import make_run, tensors
-from torch import nn
+from small import equal, make_run, tensors
+from torch import Tensor, nn
 
-from trainer.args import OptimArgs, RuleArgs
+from trainer.args import OptimArgs, RuleArgs, TrainArgs
+from trainer.checkpoint import load, save
 from trainer.loop import Run, train
 from trainer.optim import assigned, described, moved, prepare
+from trainer.optim.waiting import Waiting
 
 NAMES = ("down.0.attn1.to_q.lora_A.weight", "down.0.attn1.to_q.lora_B.weight", "mid.attn2.to_k.lora_A.weight")
 
@@ -205,3 +208,80 @@ def test_a_zero_that_changed_its_sign_has_not_moved() -> None:
     p.data.neg_()
     with pytest.raises(moved.NeverMoved, match="b"):
         moved.check(before, components, {("adapter", "b"): 10})
+
+
+# --- what optimizers remember, elsewhere
+
+
+class Vault:
+    """Memory that nobody can read: what is away is NaN, and the numbers are kept aside."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Tensor] = {}
+        self.moved = 0
+
+    def away(self, value: Tensor) -> Tensor:
+        stand_in = torch.full_like(value, 0 if value.dtype == torch.uint8 else torch.nan)
+        self.kept[id(stand_in)] = value
+        self.moved += 1
+        return stand_in
+
+    def back(self, value: Tensor, device: torch.device) -> Tensor:
+        assert device == torch.device("cpu")
+        return self.kept.pop(id(value))
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "sgd", "adafactor", "adagrad"])
+def test_what_waits_elsewhere_changes_nothing_and_is_there_for_updates_alone(name: str) -> None:
+    options = {"momentum": 0.9} if name == "sgd" else {}
+    section = {"adapter": {"name": name, "lr": 1.0 if name == "prodigy" else 0.01, "options": options}}
+    plain, waiting = ruled(6, section), ruled(6, section)
+    optimizer, vault = waiting.optimizers["adapter"], Vault()
+    (parameter,) = [p for n, p in waiting.components["adapter"] if n == "down.weight"]
+    other = next(p for n, p in waiting.components["adapter"] if n != "down.weight")
+    Waiting(optimizer, [parameter], vault.away, vault.back)
+    for one, two in zip(train(plain), train(waiting), strict=True):
+        assert one.loss == two.loss
+        tensors_away = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+        assert tensors_away, "something is remembered"
+        assert all(value.isnan().all() for value in tensors_away)
+        assert not any(v.isnan().any() for v in optimizer.state[other].values() if isinstance(v, Tensor))
+    assert equal(tensors(plain), tensors(waiting))
+    assert vault.moved == 6 * len(tensors_away)
+    assert len(vault.kept) == len(tensors_away)
+
+
+def test_rules_say_whose_memory_waits_and_a_resume_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    section = {"rules": [{"match": "up", "device": "cpu"}]}
+    whole = ruled(4, {})
+    expected = [step.loss for step in train(whole)]
+    made: list[Waiting] = []
+
+    def kept(*args: Any) -> Waiting:
+        made.append(Waiting(*args))
+        return made[-1]
+
+    monkeypatch.setattr("trainer.optim.waiting.elsewhere", lambda parameter: True)
+    monkeypatch.setattr("trainer.optim.waiting.Waiting", kept)
+    first = ruled(4, section)
+    assert [step.loss for _, step in zip(range(2), train(first), strict=False)] == expected[:2]
+    assert sorted(made[0].names) == ["exp_avg", "exp_avg_sq", "step"], "of one tensor of two"
+    save(tmp_path / "step_000002", 2, first.adapters, first.optimizers)
+    second = ruled(4, section)
+    assert load(tmp_path / "step_000002", second.adapters, second.optimizers) == 2
+    assert sorted(made[1].names) == sorted(made[0].names), "what is loaded waits, too"
+    assert [step.loss for step in train(second, 2)] == expected[2:]
+    assert equal(tensors(second), tensors(whole))
+
+
+def test_a_device_that_would_do_nothing_or_harm_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    tree = {"data": {"source": "x"}, "optim": {"rules": [{"match": "up", "device": "cpu"}]}}
+    with pytest.raises(ValidationError, match="'up' has device cpu, which is that of the run"):
+        TrainArgs.model_validate({**tree, "runtime": {"device": "cpu"}})
+    TrainArgs.model_validate(tree)
+    own = {"adapter": {"name": "schedulefree-adamw"}, **tree["optim"]}
+    with pytest.raises(ValueError, match="'up' has device cpu, but the optimizer of adapter averages"):
+        ruled(4, own)
+    with caplog.at_level("INFO"):
+        ruled(4, tree["optim"])
+    assert "rule up: what the optimizer remembers waits on the cpu: 1 tensors: up.weight" in caplog.text

@@ -483,7 +483,10 @@ def _begin(args: TrainArgs, family: ModelFamily, adapters: Sequence[Adapter]) ->
     """Puts what adapter.start names into the adapters, all of it."""
     if args.adapter.start is None:
         return
-    updates = layouts.read(args.adapter.start, family)
+    try:
+        updates = layouts.read(args.adapter.start, family)
+    except layouts.LayoutError as error:
+        raise RunError(f"adapter.start: {error}") from error
     layered = [adapter for adapter in adapters if isinstance(adapter, Layers)]
     if not args.adapter.text.train and any(component != "denoiser" for component, _ in updates):
         raise RunError(f"adapter.start {args.adapter.start} has updates of text encoders; turn adapter.text.train on")

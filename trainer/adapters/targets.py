@@ -91,7 +91,7 @@ def choose(
         alpha = alphas.get(path, float(rank) if args.alpha is None else args.alpha)
         targets.append(Target(path, rank, alpha))
     if ranked:
-        _check_ranks(layers, targets)
+        _check_ranks(layers, targets, part)
     return targets
 
 
@@ -141,15 +141,14 @@ def _by_pattern(option: str, values: Mapping[str, _Value], chosen: Sequence[str]
     return found
 
 
-def _check_ranks(layers: Mapping[str, nn.Module], targets: Sequence[Target]) -> None:
+def _check_ranks(layers: Mapping[str, nn.Module], targets: Sequence[Target], part: str) -> None:
     above = [target for target in targets if target.rank > _width(layers[target.path])]
     if above:
         first = ", ".join(f"{t.path} (rank {t.rank}, at most {_width(layers[t.path])})" for t in above[:3])
         more = f" and {len(above) - 3} more" if len(above) > 3 else ""
-        raise BaseModelError(
-            f"the rank is above the layer's width in {first}{more}; lower adapter.rank, or give these layers a rank "
-            "of their own in adapter.ranks"
-        )
+        own = "lower adapter.rank, or give these layers a rank of their own in adapter.ranks"
+        to_do = own if part == "denoiser" else "give a lower adapter.text.rank"
+        raise BaseModelError(f"the rank is above the layer's width in {first}{more}; {to_do}")
 
 
 def _width(layer: nn.Module) -> int:
@@ -164,10 +163,11 @@ def _other_kind(layers: Mapping[str, nn.Module], wrong: Sequence[str]) -> str:
 
 def _nothing(option: str, pattern: str, paths: Sequence[str]) -> BaseModelError:
     plain = re.sub(r"\\?\.[*+?]?|[\^$()\[\]|*+?\\]", ".", pattern).strip(".")
-    near = difflib.get_close_matches(plain, paths, n=3, cutoff=0.3) or list(paths[:3])
+    alike = [path for path in paths if plain.rpartition(".")[2] in path] or paths
+    near = difflib.get_close_matches(plain, alike, n=3, cutoff=0.3)
+    there = f"near it are {', '.join(near)}" if near else f"there are {_few(paths)}"
     return BaseModelError(
-        f"{option} {pattern!r} matches no layer; near it are {', '.join(near)}. Write it as layers are named here, or "
-        "leave it out"
+        f"{option} {pattern!r} matches no layer; {there}. Write it as layers are named here, or leave it out"
     )
 
 

@@ -117,6 +117,16 @@ class TrainArgs(Section):
         return self
 
     @model_validator(mode="after")
+    def _rules_have_another_device(self) -> TrainArgs:
+        there = [rule.match for rule in self.optim.rules if rule.device == self.runtime.device]
+        if there:
+            raise ValueError(
+                f"optim.rules: {there[0]!r} has device {self.runtime.device}, which is that of the run "
+                "(runtime.device), so nothing would move; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_trains(self) -> TrainArgs:
         if self.adapter.kind == "none" and self.text.tokens == 0:
             raise ValueError("nothing would be trained: adapter.kind is none and text.tokens is 0; set one of them")

@@ -122,6 +122,10 @@ class RuleArgs(CurveArgs):
     until: Probability = Field(1.0, gt=0.0, le=1.0, description="progress from which they are frozen")
     curve: str = Field("", description="learning rate over that time [default: the component's, over the whole run]")
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = Field("keep", description="precision that they are trained in")
+    device: Literal["keep", "cpu"] = Field(
+        "keep",
+        description="where what the optimizer remembers of them waits between updates: cpu frees the GPU's memory",
+    )
 
     @field_validator("match")
     @classmethod
@@ -137,7 +141,7 @@ class RuleArgs(CurveArgs):
         if self.after >= self.until:
             raise ValueError(f"rule {self.match}: after ({self.after:g}) must be below until ({self.until:g})")
         if not self.model_dump(exclude={"match"}, exclude_defaults=True):
-            raise ValueError(f"rule {self.match} changes nothing; give lr_scale, after, until, curve or dtype")
+            raise ValueError(f"rule {self.match} changes nothing; give lr_scale, after, until, curve, dtype or device")
         if self.curve in PIVOTS:
             raise ValueError(f"rule {self.match}: {self.curve} is for components, not for single layers")
         return self

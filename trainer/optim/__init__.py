@@ -10,6 +10,7 @@ multiplied.
     rules    which parameter obeys which rule
     rates    the rates of a component's groups at each progress
     updates  one update, in which what has rate 0 does not move; averages put in for a while
+    waiting  what optimizers remember, kept on another device between updates
     moved    whether everything that was trained has moved
 """
 
@@ -27,6 +28,7 @@ from trainer.optim.rates import Rates, logged
 from trainer.optim.rules import Components, assigned, cast, described
 from trainer.optim.table import OPTIMIZERS, averages, check, make
 from trainer.optim.updates import HasAverages, evaluated, step
+from trainer.optim.waiting import wait
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ def prepare(
         section, obeyed = getattr(args, part), rules[part]
         rates[part] = Rates(section, steps, component=part, rules=obeyed.values(), pivot=args.pivot)
         optimizers[part] = build(section, named, scales[part], obeyed, where=f"optim.{part}")
+    wait(rules, components, optimizers)
     return optimizers, rates
 
 

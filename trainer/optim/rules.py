@@ -34,7 +34,10 @@ def assigned(rules: Sequence[RuleArgs], components: Components) -> dict[str, dic
         ]
         if not of:
             names = [name for named in components.values() for name, _ in named]
-            raise ValueError(f"optim.rules: {rule.match!r} matches nothing that is trained; {_near(rule.match, names)}")
+            raise ValueError(
+                f"optim.rules: {rule.match!r} matches nothing that is trained; {_near(rule.match, names)}. Write it as "
+                "they are named here, or leave the rule out"
+            )
         new = [(component, name) for component, name in of if name not in found[component]]
         if not new:
             raise ValueError(
@@ -85,6 +88,7 @@ def described(rules: Sequence[RuleArgs], found: Mapping[str, Mapping[str, RuleAr
             [f"trained from {rule.after:.0%} to {rule.until:.0%} of the run, frozen before and after"] if window else []
         )
         does += [f"trained in {rule.dtype}"] if rule.dtype != "keep" else []
+        does += [f"what the optimizer remembers waits on the {rule.device}"] if rule.device != "keep" else []
         lines.append(f"rule {rule.match}: {', '.join(does)}: {len(names)} tensors: {', '.join(names)}")
     return lines
 
