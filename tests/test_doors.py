@@ -67,6 +67,7 @@ def test_a_run_leaves_all_that_it_promises(done: RunDir) -> None:
     for path in (done.args, done.env, done.dataset, done.metrics, done.log, done.grid, done.report, done.tensorboard):
         assert path.exists(), path
     names = {"run.safetensors", "pytorch_lora_weights.safetensors", "run_embedding.safetensors", "README.md"}
+    names |= {"run.png", "run_comfyui.json"}
     assert {path.name for path in done.export.iterdir()} == names
     args = TrainArgs.model_validate_json(done.args.read_text())
     assert (args.adapter.alpha, args.data.resolution) == (2.0, (32,)), "derived values are saved"

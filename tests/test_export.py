@@ -238,7 +238,7 @@ def test_lora_alone_writes_no_embedding(tiny_base: Path, tmp_path: Path) -> None
     args = arguments(tiny_base)
     family = SD15.load(args.model, CPU)
     exporting.export(tmp_path, "run", family, [trained(family, args)], args)
-    names = {"run.safetensors", "pytorch_lora_weights.safetensors", "README.md"}
+    names = {"run.safetensors", "pytorch_lora_weights.safetensors", "run_comfyui.json", "README.md"}
     assert {file.name for file in tmp_path.iterdir()} == names
 
 

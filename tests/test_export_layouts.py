@@ -119,7 +119,7 @@ def test_a_whole_model_is_the_live_one(name: str, request: pytest.FixtureRequest
     args = arguments(base, full, ["checkpoint", "checkpoint-folder", "embedding"], tokens=2)
     files = exporting.export(tmp_path, "run", family, [rows, *parts], args)
     assert {file.name for file in files} == {
-        "run_model.safetensors", "run_model", "run_embedding.safetensors", "README.md"
+        "run_model.safetensors", "run_model", "run_embedding.safetensors", "run_comfyui.json", "README.md"
     }  # fmt: skip
     single = family_of(name, tmp_path / "run_model.safetensors", config=str(base))
     folder = family_of(name, tmp_path / "run_model")

@@ -128,6 +128,13 @@ def priors(data: DataArgs, pictures: Sequence[Picture]) -> dict[str, list[str]]:
     return {picture.name: _spared(picture, data, others) for picture in pictures}
 
 
+def ordinary(prompt: str, data: DataArgs) -> str:
+    """The prompt with each trigger's first class word in its place, or without it where it has none."""
+    of_folders = [data.of(folder) for folder in data.concepts] or [data]
+    words = {concept.trigger: (concept.class_words or ("",))[0] for concept in of_folders}
+    return " ".join(_replaced(prompt, words).split())
+
+
 def _spared(picture: Picture, data: DataArgs, others: Mapping[str, str]) -> list[str]:
     captions = picture.captions or (picture.caption,)
     if picture.regular:

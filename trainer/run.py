@@ -126,7 +126,17 @@ class Session:
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             digests={"args": digest(self.args), "dataset": hashlib.sha256(dataset.encode()).hexdigest()[:16]},
             samples=drawn,
+            likeness=self._likeness(drawn, items),
         )
+
+    def _likeness(self, drawn: Mapping[float, Sequence[Path]], items: Sequence[Item]) -> dict[float, export.Likeness]:
+        """Of the sample rows, where there are several and the base has a CLIP, which knows no trigger."""
+        folder = self.run.family.clip_folders.get("text_encoder")
+        if folder is None or len(drawn) < 2:
+            return {}
+        prompts = [concepts.ordinary(prompt, self.args.data) for prompt in self.args.sample.prompts]
+        tokenizer: Any = self.run.family.tokenizers["text_encoder"]
+        return export.measure(folder, drawn, prompts, [Path(item.file) for item in items], tokenizer)
 
     def checkpoint(self, step: int) -> Path:
         """Saves where the run is, between two updates."""

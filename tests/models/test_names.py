@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,43 @@ def test_kohya_names_of_the_full_size_unet(full_size: UNet2DConditionModel) -> N
 def test_kohya_spellings_of_sdxl(full_size: UNet2DConditionModel, path: str, key: str) -> None:
     assert isinstance(full_size.get_submodule(path), nn.Linear | nn.Conv2d)
     assert spelling.kohya(KOHYA, spelling.ldm_paths(full_size.config))("denoiser", path) == key
+
+
+SD15_UNET: dict[str, Any] = {  # the published config of Stable Diffusion 1.5, where it is not diffusers' default
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+    "sample_size": 64,
+}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+# Of the sorted lines "<key> <shape of the weight>": all keys of layers that ComfyUI 0.3.64, AUTOMATIC1111 1.10 and
+# Forge (June 2025) all know for a full-size model, in the spelling of docs/formats.md, as their own loaders told them.
+KNOWN = {
+    "sd15": (354, "5b75f81342d77dca75eb038de664bab7055614aad236cbebb478c9845a3eabe8"),
+    "sdxl": (1058, "5c423a8813d2ae6b063458b382ba6e9a108ed7be08e28b2581632c61ad5610c0"),
+}
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_the_keys_of_full_size_models_are_those_that_the_clients_know(
+    family: str, full_size: UNet2DConditionModel
+) -> None:
+    with torch.device("meta"):
+        roots: dict[str, nn.Module] = {"text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L))}
+        if family == "sd15":
+            roots["denoiser"], name = UNet2DConditionModel(**SD15_UNET), SD15.clients.kohya
+        else:
+            big = CLIPTextConfig(**BIG_G, projection_dim=1280)
+            roots |= {"denoiser": full_size, "text_encoder_2": CLIPTextModelWithProjection(big)}
+            name = spelling.kohya(KOHYA, spelling.ldm_paths(full_size.config))
+    lines = [
+        f"{name(component, path)} {'x'.join(map(str, layer.weight.shape))}"
+        for component, root in roots.items()
+        for path, layer in root.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and path != "text_projection"  # which no layout has
+    ]
+    digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    assert (len(lines), digest) == KNOWN[family]
 
 
 def test_text_towers_are_named_as_before_transformers_5() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from trainer.args import TrainArgs
+from trainer.export.likeness import Likeness, best
 from trainer.export.names import base_name
 from trainer.layouts import Modules, container
 from trainer.types import ModelFamily
@@ -39,15 +40,21 @@ class Made:
     date: str = ""  # ISO 8601, when it was exported
     digests: Mapping[str, str] = field(default_factory=dict[str, str])  # of "args" and "dataset"
     samples: Mapping[float, Sequence[Path]] = field(default_factory=dict[float, Sequence[Path]])  # by strength
+    likeness: Mapping[float, Likeness] = field(default_factory=dict[float, Likeness])  # of them, where it was measured
 
     @property
     def pictures(self) -> int:
         return sum(len(captions) for captions in self.captions.values())
 
     @property
+    def strength(self) -> float:
+        """The recommended one: that of the best likeness, else 1, with which everything was trained."""
+        return best(self.likeness) if self.likeness else 1.0
+
+    @property
     def sample(self) -> Path | None:
-        """The first picture that was drawn after training, at the strength that is nearest to 1."""
-        nearest = min(self.samples, key=lambda strength: abs(strength - 1), default=None)
+        """The first picture that was drawn after training, at the strength that is nearest to the recommended one."""
+        nearest = min(self.samples, key=lambda strength: abs(strength - self.strength), default=None)
         return None if nearest is None else self.samples[nearest][0]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.args import Layout, TrainArgs
-from trainer.export import facts, note
+from trainer.export import facts, note, workflow
 from trainer.export.facts import Made
 from trainer.export.learned import Learned
 from trainer.export.names import DIFFUSERS, embedding_names
@@ -82,7 +82,8 @@ def export(
         The files and folders: `<name>.safetensors` (kohya), `pytorch_lora_weights.safetensors` (diffusers),
         `<name>_comfy.safetensors`, `<name>_peft/`, `<name>_model.safetensors` (checkpoint), `<name>_model/`
         (checkpoint-folder), `<name>_embedding.safetensors` (with several triggers
-        `<name>_<trigger>_embedding.safetensors` for each), README.md; those that apply.
+        `<name>_<trigger>_embedding.safetensors` for each), `<name>_comfyui.json` (a workflow), `<name>.png` (a sample)
+        and README.md; those that apply.
 
     Raises:
         ExportError: a layout has no words for what was trained, or a tensor is not finite. Nothing is written then.
@@ -96,11 +97,32 @@ def export(
         raise ExportError(str(error)) from error
     for output in outputs.values():
         _check_finite(output, dtype)
-    text = note.written(name, args, outputs, learned, family.clients)
+    texts = _texts(outputs, learned, about)
     for file, output in outputs.items():
         _write(folder / file, output, dtype)
-    atomic_write(folder / "README.md", text)
-    return [folder / file for file in (*outputs, "README.md")]
+    for file, text in texts.items():
+        atomic_write(folder / file, text)
+    return [folder / file for file in (*outputs, *texts)]
+
+
+def _texts(outputs: Mapping[str, Output], learned: Learned, about: About) -> dict[str, str | bytes]:
+    """What stands beside the files: a sample picture, under the name by which programs show it, workflow and README."""
+    name, made = about.name, about.made
+    texts: dict[str, str | bytes] = {}
+    if made.sample is not None:
+        texts[f"{name}.png"] = made.sample.read_bytes()
+    words = {
+        trigger: word for adapter in learned.rows for trigger, word in embedding_names(name, adapter.triggers).items()
+    }
+    lora = next((file for file in (f"{name}.safetensors", f"{name}_comfy.safetensors") if file in outputs), None)
+    model = f"{name}_model.safetensors" if f"{name}_model.safetensors" in outputs else None
+    if lora or model or words:
+        prompt = note.comfy_prompt(about.args, words)
+        texts[f"{name}_comfyui.json"] = workflow.workflow(
+            name, prompt, about.args, about.family, lora=lora, model=model, strength=made.strength
+        )
+    texts["README.md"] = note.written(name, about.args, {*outputs, *texts}, learned, about.family.clients, made)
+    return texts
 
 
 def check(family: ModelFamily, adapters: Sequence[Adapter], args: TrainArgs) -> None:

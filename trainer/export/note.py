@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
 
 from trainer.args import AdapterArgs, TrainArgs
-from trainer.export.facts import rank_and_alpha
+from trainer.export.facts import Made, rank_and_alpha
 from trainer.export.learned import Learned
 from trainer.export.names import DIFFUSERS, base_name, diffusers_tokens, embedding_names
 from trainer.layouts import Modules, cannot_say
@@ -17,14 +18,17 @@ from trainer.updates import LoraTensors
 KINDS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "full": "Full differences"}
 
 
-def written(name: str, args: TrainArgs, files: Collection[str], learned: Learned, clients: ClientNames) -> str:
+def written(
+    name: str, args: TrainArgs, files: Collection[str], learned: Learned, clients: ClientNames, made: Made
+) -> str:
     """The text. `files` are those beside it."""
     words: dict[str, str] = {}
     for adapter in learned.rows:
         words = embedding_names(name, adapter.triggers)
     triggers = list(words) or list(args.data.triggers)
     made_for = ", ".join(f"*{_example(args, trigger)}*" for trigger in triggers)
-    lines = [f"# {name}", "", f"Made for prompts like: {made_for}", "", f"- base model: {base_name(args)}"]
+    picture = [f"![a sample]({name}.png)", ""] if f"{name}.png" in files else []
+    lines = [f"# {name}", "", *picture, f"Made for prompts like: {made_for}", "", f"- base model: {base_name(args)}"]
     lines += [f"- trigger: `{trigger}`{_of_folders(args, trigger)}" for trigger in triggers]
     lines += _described(learned, args)
     for adapter in learned.rows:
@@ -32,7 +36,9 @@ def written(name: str, args: TrainArgs, files: Collection[str], learned: Learned
         lines.append(f"- {count} token vectors that stand for {'the' if len(triggers) == 1 else 'each'} trigger")
     if args.model.merge:
         lines.append(f"- merged into the base first: {', '.join(_merged(args))}")
-    lines += ["", *_programs(name, triggers, files, words), ""]
+    if learned.trained:
+        lines += _strength(made)
+    lines += ["", *_programs(name, triggers, files, words, made.strength), ""]
     lines += ["## diffusers", "", *_diffusers(name, triggers, files, words, learned, clients), ""]
     return "\n".join(lines)
 
@@ -59,6 +65,26 @@ def _part(modules: Modules, adapter: AdapterArgs, of: str) -> str:
     return f"- {what}, on {where}{of}"
 
 
+def _strength(made: Made) -> list[str]:
+    """The recommended strength, and what it was taken from."""
+    if not made.likeness:
+        return ["- strength: 1, with which it was trained; no other was measured"]
+    told = [f"{s:g}: {like.pictures:.3f} and {like.prompts:.3f}" for s, like in sorted(made.likeness.items())]
+    return [
+        f"- strength: {made.strength:g}. Measured on this run's samples, one for each prompt: CLIP's cosine to the "
+        f"training pictures and to the prompt, at strength {'; '.join(told)}"
+    ]
+
+
+def comfy_prompt(args: TrainArgs, words: Mapping[str, str]) -> str:
+    """A prompt of the run as ComfyUI wants it: `embedding:NAME` for each trigger that has vectors."""
+    first = next(iter(words), args.data.triggers[0])
+    prompt = args.sample.prompts[0].replace("{trigger}", first) if args.sample.prompts else _example(args, first)
+    for trigger in sorted(words, key=len, reverse=True):
+        prompt = re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", f"embedding:{words[trigger]}", prompt)
+    return prompt
+
+
 def _merged(args: TrainArgs) -> list[str]:
     names = {file: PurePath(file.replace("\\", "/")).name for file in args.model.merge}
     return [f"`{names[file]}` at {strength:g}" for file, strength in args.model.merge.items()]
@@ -78,7 +104,9 @@ def _of_folders(args: TrainArgs, trigger: str) -> str:
 # --- programs with a window
 
 
-def _programs(name: str, triggers: Sequence[str], files: Collection[str], words: Mapping[str, str]) -> list[str]:
+def _programs(
+    name: str, triggers: Sequence[str], files: Collection[str], words: Mapping[str, str], strength: float
+) -> list[str]:
     embeddings = " and ".join(f"`{word}.safetensors`" for word in words.values())
     kohya, comfy, model = f"{name}.safetensors", f"{name}_comfy.safetensors", f"{name}_model.safetensors"
     lines = ["## ComfyUI", ""]
@@ -89,10 +117,13 @@ def _programs(name: str, triggers: Sequence[str], files: Collection[str], words:
         lines.append(f"`{model}` is the whole model: it goes into `models/checkpoints`, and needs no LoRA beside it.")
     if words:
         lines.append(f"Put {embeddings} into `models/embeddings`.")
-    lines += [_where({t: f"embedding:{words[t]}" if t in words else t for t in triggers}), ""]
+    lines.append(_where({t: f"embedding:{words[t]}" if t in words else t for t in triggers}))
+    if f"{name}_comfyui.json" in files:
+        lines.append(f"`{name}_comfyui.json` is a workflow: drag it onto the window, and choose your base model in it.")
+    lines.append("")
     lines += ["## AUTOMATIC1111, Forge", ""]
     if kohya in files:
-        lines.append(f"Put `{kohya}` into `models/Lora` and write `<lora:{name}:1>` in the prompt.")
+        lines.append(f"Put `{kohya}` into `models/Lora` and write `<lora:{name}:{strength:g}>` in the prompt.")
     if model in files:
         lines.append(f"`{model}` goes into `models/Stable-diffusion`.")
     if words:
