@@ -143,6 +143,7 @@ def test_the_run_directory_page_names_every_path() -> None:
         "docs/pictures.md",
         "docs/concepts.md",
         "docs/several-processes.md",
+        "docs/sampling.md",
         "docs/objectives.md",
     ],
 )

@@ -472,3 +472,18 @@ def test_the_cog_doors_pictures_last_until_the_next_request(
     assert families[0] is families[1] is families[2]
     del loaded
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_the_python_of_the_sampling_page_draws(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[1] / "docs" / "sampling.md"
+    code = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    made(tiny_base, tmp_path / "runs", "mushroom", "lora", "TOK")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, str(page), "exec"), names)
+    painter, learned = names["painter"], names["learned"]
+    painter.use([Weighted(learned, Strength(0.8, {"down": 0.5}))])
+    (again,) = painter.draw(["a red TOK"], [3], Look(scheduler="euler_a"))
+    assert names["pictures"][0].tobytes() == again.tobytes()
