@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -18,8 +18,10 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from trainer.args import ModelArgs
 from trainer.models import load, sd15, sdxl
 from trainer.models.latent import LatentFamily
+from trainer.models.packed import pack
 from trainer.models.parts import Parts, tokenizer_of
 
+_F = TypeVar("_F", bound=LatentFamily)
 LENGTH = 77  # tokens of a prompt
 SEED = 0
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -59,7 +61,8 @@ class SD15(sd15.SD15):
 
     @classmethod
     def load(cls, args: ModelArgs, device: torch.device) -> Self:
-        return cls(_parts(args, device, cls, {"cross_attention_dim": 768, "sample_size": 64}, (CLIP_L,), 0.18215))
+        unet = {"cross_attention_dim": 768, "sample_size": 64}
+        return _packed(cls(_parts(args, device, cls, unet, (CLIP_L,), 0.18215)), args, device)
 
 
 class SDXL(sdxl.SDXL):
@@ -67,7 +70,13 @@ class SDXL(sdxl.SDXL):
 
     @classmethod
     def load(cls, args: ModelArgs, device: torch.device) -> Self:
-        return cls(_parts(args, device, cls, UNET_SDXL, (CLIP_L, CLIP_G), 0.13025))
+        return _packed(cls(_parts(args, device, cls, UNET_SDXL, (CLIP_L, CLIP_G), 0.13025)), args, device)
+
+
+def _packed(family: _F, args: ModelArgs, device: torch.device) -> _F:
+    """As a family's own `load` ends."""
+    pack(family.denoiser, args.packed, device)
+    return family
 
 
 def _parts(

@@ -29,6 +29,7 @@ from trainer import export, sampler
 from trainer.args import TrainArgs
 from trainer.console import hush_libraries
 from trainer.loop import Run, train
+from trainer.models.packed import PackedConv2d, PackedLinear
 from trainer.run import Session, opened
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,7 @@ def steps(case: Case) -> Figures:
             "gflop_per_s": best,
             "bound_s": float(f"{bound:.4g}"),
             "peak_mib": measuring.memory()[1],
+            "packed": sum(isinstance(m, PackedLinear | PackedConv2d) for m in run.family.denoiser.modules()),
         }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from trainer import cli, console, ranks
+from trainer import cli, console, lean, ranks
 from trainer.registry import PartError
 from trainer.rundir import RunDir, RunDirError
 
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(command: cli.Command, stop: _Stop, here: ranks.Ranks) -> int:
     console.hush_libraries(bars=here.first)
+    lean.start()
     from preprocess import PreprocessError  # after --help and the args: these imports take seconds
     from trainer.checkpoint import CheckpointError
     from trainer.dataset import DatasetError

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trainer import console, progress, schedulers
+from trainer import console, lean, progress, schedulers
 from trainer.ranks import launched
 from trainer.registry import PartError
 from trainer.rundir import RunDirError
@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.exit(2, said if rank == 0 else "")
     console.hush_libraries()
     logging.getLogger(progress.LOGGER).setLevel(logging.INFO)
+    lean.start()
     from trainer.generate import GenerateError
     from trainer.sampler import SampleError
     from trainer.types import BaseModelError

@@ -36,3 +36,8 @@ class ModelArgs(Section):
     attention: Literal["sdpa", "xformers"] = Field(
         "sdpa", description="what computes attention: torch, or xformers, which needs a GPU and is tried out first"
     )
+    packed: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="order the denoiser's frozen weights once for the CPU, which large models gain by, for memory of "
+        "two more copies of them; auto: from 200 million weights on, where they all fit into half of the memory",
+    )

@@ -20,6 +20,7 @@ from trainer.models import original, parts, sniff, spelling
 from trainer.models.attention import use_xformers
 from trainer.models.attention_maps import watched
 from trainer.models.clip_text import Tokens, fit, places
+from trainer.models.packed import pack
 from trainer.models.parts import Parts
 from trainer.models.weights import Weights
 from trainer.path import NoisePath
@@ -84,6 +85,7 @@ class LatentFamily:
             base.unet.enable_gradient_checkpointing()
         if args.attention == "xformers":
             use_xformers(base.unet)
+        pack(base.unet, args.packed, device)
         return family
 
     def spellings(self, component: str, path: str) -> Sequence[str]:
