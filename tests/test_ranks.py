@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import draw_pictures
 from launched import ROOT, environment, launch, said, torchrun
+from PIL import Image
 from safetensors.torch import load_file
 from small import items, latents
 from torch.distributed import HashStore
@@ -274,3 +275,33 @@ def test_doors_for_one_process_refuse_several(
             predict_door.main(["--weights", str(tmp_path), "--prompt", "a", "--out", str(tmp_path)])
         assert ended.value.code == 2
         assert capsys.readouterr().err.count("start it without the launcher") == sentences
+
+
+@pytest.mark.slow
+def test_several_concepts_and_a_regularisation_set_are_the_same_for_two_processes(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """Turns of concepts, shares of class pictures, kept priors and dropped ranks are those of one process."""
+    for folder in ("pictures/dog", "pictures/cat", "stars"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(3):
+            Image.effect_noise((40, 40), 90).convert("RGB").save(tmp_path / folder / f"{i}.png")
+    concepts = {
+        "dog": {"trigger": "DOG", "class_words": ["red"]},
+        "cat": {"trigger": "CAT", "class_words": ["blue"]},
+    }
+    own = (
+        *("--data.concepts", json.dumps(concepts), "--data.regularisation.source", str(tmp_path / "stars")),
+        *("--data.regularisation.caption", "a photo of a star", "--data.regularisation.weight", "0.5"),
+        *("--objective.prior_weight", "0.5", "--adapter.rank_dropout", "0.3", "--adapter.module_dropout", "0.2"),
+        *("--adapter.targets", "attention", "--sample.prompts", "a DOG", "--runtime.steps", "4"),
+        *("--runtime.name", "run", "--text.init", "random"),
+    )
+    two = launch(tmp_path / "logs", "train.py", *options(tiny_base, tmp_path / "pictures", tmp_path / "two", *own))
+    assert two.status == 0, two.said
+    once = ("--runtime.accumulate", "2")
+    assert main(options(tiny_base, tmp_path / "pictures", tmp_path / "one", *own, *once)) == 0
+    one, both = RunDir(tmp_path / "one" / "run"), RunDir(tmp_path / "two" / "run")
+    alike(one, both)
+    assert len(list(read_jsonl(both.dataset))) == 9
+    assert [line["images"] for line in read_jsonl(both.metrics)] == [2] * 4
