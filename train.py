@@ -9,6 +9,7 @@ import sys
 
 from cog import BaseModel, Input, Path, Secret
 
+from trainer import console
 from trainer.__main__ import main
 
 
@@ -121,6 +122,7 @@ def train(
 ) -> TrainingOutput:
     """Trains on the pictures. `weights` is a tar with the files for the clients; `hub` says where they were pushed."""
     inputs = dict(locals())
+    console.hush_libraries(bars=False)  # before they are imported
     from trainer import cog_door
 
     made = cog_door.train(inputs)

@@ -56,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self, asked: dict[str, Any]) -> None:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         there = name in self.server.private
-        self.server.private.setdefault(name, bool(asked.get("private")))
+        self.server.private.setdefault(name, asked.get("visibility") == "private")
         self._send(409 if there else 200, {"url": f"{self.server.url}/{name}", "id": name})
 
     def _preupload(self, asked: dict[str, Any]) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -27,6 +32,20 @@ from trainer import cog_schema
 TOKEN = "hf_aSecretThatIsNowhere"
 SCHEMA = cog_schema.schema((ROOT / "train.py").read_text(), (ROOT / "predict.py").read_text())["components"]["schemas"]
 
+LARGE = """
+from cog import BaseModel, Path
+from trainer import scratch
+
+class TrainingOutput(BaseModel):
+    weights: Path
+    hub: str | None = None
+
+def train() -> TrainingOutput:
+    file = scratch.folder() / "trained_model.tar"
+    file.write_bytes(bytes(200_000_000))
+    return TrainingOutput(weights=Path(file), hub=None)
+"""
+
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
@@ -41,7 +60,7 @@ def pages() -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[Server]:
+def trainer(tmp_path_factory: pytest.TempPathFactory, hub: Hub, tiny_base: Path) -> Iterator[Server]:
     """One server for all cases, as it serves one request after the other."""
     environment = {
         "HF_ENDPOINT": hub.url,
@@ -358,12 +377,11 @@ def test_cancelled_while_it_trains_and_gone_on_with(
     trainer: Server, pages: Site, tiny_base: Path, packed: bytes, tmp_path: Path
 ) -> None:
     """By the name that the server kept it under, or by a tar of it: the same bits as without a break."""
-    given = request(tiny_base, input_images=data_url(packed), steps=30, checkpointing_steps=100, seed=3)
+    given = request(tiny_base, input_images=data_url(packed), steps=40, checkpointing_steps=5, seed=3)
     whole = unpacked(trained(trainer, given), tmp_path / "whole")
-    weights: list[bytes] = []
     for turn in ("name", "tar"):
         started(trainer, f"c{turn}", given)
-        until(trainer, f"c{turn}", given, '"step": ')
+        until(trainer, f"c{turn}", given, "step_000005")
         assert trainer.post("trainings", given)[0] == 409
         cancelled(trainer, f"c{turn}")
         assert not trainer.leftovers()
@@ -380,12 +398,14 @@ def test_cancelled_while_it_trains_and_gone_on_with(
         assert "lora_rank" not in (said := failed(trainer, {"resume_from": resume, "concept_mode": "face"}))
         assert "concept_mode" in said
         assert "cannot change adapter.rank (was 3, now 4)" in failed(trainer, {"resume_from": resume, "lora_rank": 4})
-        answer = trained(trainer, {"resume_from": resume})
-        weights.append((unpacked(answer, tmp_path / turn) / "lora.safetensors").read_bytes())
+        unpacked(trained(trainer, {"resume_from": resume}), tmp_path / turn)
+        for name in ("lora.safetensors", "embeddings.safetensors"):  # whose headers may tell of times
+            one, other = (load_file(folder / name) for folder in (whole, tmp_path / turn))
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[key], other[key]) for key in one)
         if turn == "tar":
             shutil.rmtree(kept)
         assert not list(trainer.kept.iterdir())
-    assert weights == [(whole / "lora.safetensors").read_bytes()] * 2
 
 
 def test_cancelled_while_it_downloads_or_draws(trainer: Server, pages: Site, tiny_base: Path, packed: bytes) -> None:
@@ -422,3 +442,68 @@ def test_a_push_that_fails_loses_nothing(trainer: Server, hub: Hub, tiny_base: P
     output = trained(trainer, {**given, "hf_repo_id": "me/full", "hf_token": TOKEN})["output"]
     assert output["weights"].startswith("data:")
     assert "were not pushed to me/full" in output["hub"]
+
+
+def curls() -> list[str]:
+    """The commands of the README that train."""
+    shell = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    found = [command for block in shell for command in re.findall(r"^curl (?:.*\\\n)*.*$", block, re.MULTILINE)]
+    return [command for command in found if "trainings" in command]
+
+
+def test_the_commands_of_the_readme_work(trainer: Server, pages: Site, packed: bytes, tmp_path: Path) -> None:
+    """But for the hosts, and how long they train."""
+    hosted, own, plain = curls()
+    pages.files["dog.zip"] = packed
+    short = '"steps": 1, "n_sample_imgs": 1, "resolution": 32, '
+    for command in (own, plain):
+        said = command.replace("http://localhost:5000", f"http://127.0.0.1:{trainer.port}")
+        said = said.replace("https://example.com", pages.url).replace(".venv/bin/python", sys.executable)
+        quoted = short if command is own else short.replace('"', '\\"')
+        said = said.replace('"input": {', '"input": {' + quoted).replace('\\"input\\": {', '\\"input\\": {' + quoted)
+        said = said.replace("answer.json", str(tmp_path / "answer.json")).replace(
+            " -s ", f" -s -o {tmp_path}/answer.json "
+        )
+        trainer.wait("READY")
+        subprocess.run(["bash", "-ec", said], cwd=ROOT, check=True)
+        assert json.loads((tmp_path / "answer.json").read_text())["status"] == "succeeded"
+    (decode,) = re.findall("^sed .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    subprocess.run(["bash", "-ec", decode], cwd=tmp_path, check=True)
+    with tarfile.open(tmp_path / "trained_model.tar") as tar:
+        assert "lora.safetensors" in tar.getnames()
+    pages.posted.clear()
+    subprocess.run(["bash", "-ec", hosted.replace("https://api.replicate.com", pages.url)], check=True)
+    (sent,) = pages.posted
+    assert sent.keys() == {"destination", "input"}
+    assert sent["input"].keys() <= SCHEMA["TrainingInput"]["properties"].keys()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing_that_a_checkpoint_had(tiny_base: Path, packed: bytes, tmp_path: Path) -> None:
+    given = request(tiny_base, input_images=data_url(packed), steps=400, checkpointing_steps=3)
+    with server(tmp_path / "cog", "train") as first:
+        started(first, "k", given)
+        until(first, "k", given, "step_000003")
+        os.kill(first.worker(), signal.SIGKILL)
+        first.wait("UNHEALTHY", "DEFUNCT")
+        assert first.post("trainings", given)[0] in (409, 503)
+    (kept,) = (tmp_path / "cog/kept").iterdir()
+    with server(tmp_path / "cog", "train") as second:
+        started(second, "r", {"resume_from": kept.name})
+        state = until(second, "r", {"resume_from": kept.name}, "pictures, step ")
+        assert int(re.findall(r"pictures, step (\d+) of 400", state["logs"])[0]) >= 3
+        cancelled(second, "r")
+        failed(second, {})
+        assert not second.leftovers()
+
+
+@pytest.mark.slow
+def test_a_large_answer_passes(tmp_path: Path) -> None:
+    """200 MB through the same kind of output, from a door that trains nothing."""
+    (tmp_path / "cog/src").mkdir(parents=True)
+    (tmp_path / "cog/src/large.py").write_text(LARGE)
+    (tmp_path / "cog/src/trainer").symlink_to(ROOT / "trainer")
+    with server(tmp_path / "cog", "train", COG_TRAIN_TYPE_STUB="large.py:train") as large:
+        status, answer = large.post("trainings", {})
+    assert (status, answer["status"]) == (200, "succeeded")
+    assert len(base64.b64decode(answer["output"]["weights"].split(",", 1)[1])) == 200_000_000

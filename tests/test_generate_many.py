@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainer import export, generate, predict_door
+from trainer import export, generate, predict_door, scratch, serve_door
 from trainer.adapters import ADAPTERS
 from trainer.adapters.layered import Layers
 from trainer.adapters.textual_inversion import Concept, TextualInversion
@@ -458,7 +458,8 @@ def test_the_cog_doors_pictures_last_until_the_next_request(
         "prompt": "a TOK", "negative_prompt": "", "lora_scale": 0.5, "num_outputs": 2, "num_inference_steps": 2,
         "guidance_scale": 3.0, "width": None, "height": None, "seed": 4,
     }  # fmt: skip
-    loaded = predict_door.Loaded(None)
+    monkeypatch.setenv("TEMPERA_BASE", str(tiny_base))
+    loaded = serve_door.Loaded(None)
     drawn: list[list[bytes]] = []
     families: list[ModelFamily] = []
     for archive in itertools.chain(archives, archives[:1]):
@@ -470,7 +471,7 @@ def test_the_cog_doors_pictures_last_until_the_next_request(
         families.append(loaded._painter.family)  # pyright: ignore[reportPrivateUsage]
     assert drawn[0] == drawn[2] != drawn[1]
     assert families[0] is families[1] is families[2]
-    del loaded
+    scratch.sweep()
     assert list((tmp_path / "temporary").iterdir()) == []
 
 

@@ -34,7 +34,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer.hooks",),
     ("trainer.run", "trainer.generate"),
     ("trainer.rehearsal",),
-    ("trainer.__main__", "trainer.cog_door", "trainer.predict_door", "trainer.tools", "testbed"),
+    ("trainer.__main__", "trainer.cog_door", "trainer.predict_door", "trainer.serve_door", "trainer.tools", "testbed"),
     ("train", "predict", "bench"),
 )  # fmt: skip
 ROOMS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -10,7 +10,7 @@ from typing import Any
 
 from preprocess.fetch import download, is_url
 from preprocess.source import named
-from trainer.args import LimitsArgs, TrainArgs
+from trainer.args import LimitsArgs, ModelArgs, TrainArgs
 
 _ARGS_BYTES = 2**20
 LIMITS = LimitsArgs.model_validate({})
@@ -23,6 +23,11 @@ class CallerError(ValueError):
 def private_urls() -> bool:
     """Whether this server's operator lets callers' URLs lead into its own network (TEMPERA_PRIVATE_URLS=1)."""
     return os.environ.get("TEMPERA_PRIVATE_URLS") == "1"
+
+
+def base() -> str:
+    """The base where nobody names one (TEMPERA_BASE)."""
+    return os.environ.get("TEMPERA_BASE") or str(ModelArgs.model_fields["base"].default)
 
 
 def allowed(args: TrainArgs) -> TrainArgs:

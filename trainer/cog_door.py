@@ -52,7 +52,6 @@ def train(inputs: Mapping[str, Any]) -> Made:
     given = {name: _plain(value) for name, value in inputs.items()}
     given = {name: value for name, value in given.items() if value not in (None, "")}
     with console.shown():
-        console.hush_libraries(bars=False)
         try:
             work = Work(lambda work: _trained(given, work))
             scratch.sweep()
@@ -85,7 +84,7 @@ def _trained(given: Mapping[str, Any], work: Work[Made]) -> Made:
     if request.hf_repo_id:
         hub.prepared(request.hf_repo_id, token)
     folder, opened = _run(given)
-    with kept.until_done(folder), opened as session:
+    with kept.until_done(folder, brought=isinstance(given.get("resume_from"), Path)), opened as session:
         said = 0.0
         for step in session.steps():
             work.whole = step.step < session.run.steps
@@ -166,7 +165,8 @@ def tree(given: Mapping[str, Any]) -> cli.Tree:
     flat = cog_inputs.chosen(given)
     deep = callers.json_object(given.get("args", "{}"))
     _agree(deep, flat)
-    layers = [cli.preset(given.get("concept_mode", "object")), deep, _captioned(given, flat)]
+    layers: list[cli.Tree] = [{"model": {"base": callers.base()}}, cli.preset(given.get("concept_mode", "object"))]
+    layers += [deep, _captioned(given, flat)]
     layers += [_masked(given, cli.merge(layers)), cog_inputs.tree(flat)]
     layers.append({"data": {"source": callers.source(given["input_images"])}})
     return cli.merge(layers)

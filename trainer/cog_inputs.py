@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from trainer import cli
-from trainer.args.requests import TrainingRequest
+from trainer.args.requests import Choices, DrawingRequest, TrainingRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 120  # of a line, as the formatter has it
@@ -109,6 +109,11 @@ def training_lines() -> list[str]:
     return lines + _request(own, "resume_from", "hf_repo_id", "hf_token", "args")
 
 
+def drawing_lines() -> list[str]:
+    """The parameters of predict.py's `Runner.run`."""
+    return _request(DrawingRequest.model_fields, *DrawingRequest.model_fields, width=WIDTH - 4)
+
+
 def names(flats: Iterable[Flat] = TRAINING) -> list[str]:
     """Every flat input that stands for an option."""
     return [name for flat in flats for name in flat.names]
@@ -127,26 +132,33 @@ def _flat(flats: Iterable[Flat]) -> list[str]:
     return lines
 
 
-def _request(fields: Mapping[str, FieldInfo], *wanted: str) -> list[str]:
+def _request(fields: Mapping[str, FieldInfo], *wanted: str, width: int = WIDTH) -> list[str]:
     lines: list[str] = []
     for name in wanted:
         field = fields[name]
         optional = NoneType in get_args(field.annotation)
         kind = _kind(field.annotation) + (" | None" if optional else "")
         given = {} if field.is_required() else {"default": field.default}
-        lines.append(_line(name, kind, {**given, **_bounds(field), "description": _plain(field.description)}))
+        options = {**given, **_bounds(field), "description": _plain(field.description)}
+        lines.append(_line(name, kind, options, width))
     return lines
 
 
-def _line(name: str, kind: str, options: Mapping[str, Any]) -> str:
-    """One parameter, wrapped as the formatter does."""
+def _line(name: str, kind: str, options: Mapping[str, Any], width: int = WIDTH) -> str:
+    """One parameter, wrapped as the formatter does to lines of `width`."""
     words = [f"{option}={_literal(value)}" for option, value in options.items()]
     head = f"    {name}: {kind} = Input("
-    if len(one := f"{head}{', '.join(words)}),") <= WIDTH:
+    if len(one := f"{head}{', '.join(words)}),") <= width:
         return one
-    if len(inner := " " * 8 + ", ".join(words)) <= WIDTH:
+    if len(inner := " " * 8 + ", ".join(words)) <= width:
         return f"{head}\n{inner}\n    ),"
-    return "\n".join([head, *(f"        {word}," for word in words), "    ),"])
+    rows = [head]
+    for word, (option, value) in zip(words, options.items(), strict=True):
+        if isinstance(value, list) and len(word) + 9 > width:
+            rows += [f"        {option}=[", *(f"            {_literal(one)}," for one in value), "        ],"]
+        else:
+            rows.append(f"        {word},")
+    return "\n".join([*rows, "    ),"])
 
 
 def _literal(value: Any) -> str:
@@ -192,7 +204,9 @@ def _bounds(field: FieldInfo) -> dict[str, Any]:
             found["max_length"] = one.max_length
         elif (pattern := getattr(one, "pattern", None)) and "\\" not in pattern:
             found["regex"] = pattern
-    choices = _choices(field.annotation)
+    choices = _choices(field.annotation) or [
+        v for one in field.metadata if isinstance(one, Choices) for v in one.values
+    ]
     return {**found, **({"choices": choices} if choices else {})}
 
 
@@ -253,8 +267,11 @@ def rendered(text: str, lines: Sequence[str], indent: int = 0) -> str:
 
 def files() -> dict[Path, str]:
     """Each file as it should be."""
-    train = ROOT / "train.py"
-    return {train: rendered(train.read_text(encoding="utf-8"), training_lines())}
+    train, predict = ROOT / "train.py", ROOT / "predict.py"
+    return {
+        train: rendered(train.read_text(encoding="utf-8"), training_lines()),
+        predict: rendered(predict.read_text(encoding="utf-8"), drawing_lines(), indent=4),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,7 +37,8 @@ def pushed(folder: Path, repo: str, token: str) -> str:
         HubError: it is not there; what was there before still is.
     """
     try:
-        return str(HfApi(token=token).upload_folder(repo_id=repo, folder_path=folder, commit_message="Trained weights"))
+        api = HfApi(token=token)
+        return api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Trained weights").commit_url
     except _TROUBLE as error:
         raise HubError(f"the files were not pushed to {repo}: {_first(error)}") from error
 

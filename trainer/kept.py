@@ -44,13 +44,18 @@ def new() -> Path:
 
 
 @contextmanager
-def until_done(folder: Path) -> Generator[None]:
-    """Around a run in `folder`: when it is done the folder is gone; else it stays if it can be gone on with."""
+def until_done(folder: Path, *, brought: bool = False) -> Generator[None]:
+    """Around a run in `folder`: when it is done the folder is gone; else it stays if it can be gone on with.
+
+    Args:
+        brought: the caller has it, too, so a failure that added nothing leaves nothing.
+    """
+    before = _state(folder, stopped=False) if brought else None
     try:
         yield
     except BaseException as error:
         state = _state(folder, stopped=not isinstance(error, Exception))
-        if state is None:
+        if state is None or (brought and isinstance(error, Exception) and state == before):
             shutil.rmtree(folder, ignore_errors=True)
         else:
             log.warning("kept at %s; go on with resume_from %s", state, folder.name)

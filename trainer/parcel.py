@@ -72,6 +72,12 @@ def packed(folder: Path, path: Path) -> Path:
     return path
 
 
+def weights_of(folder: Path) -> tuple[Path, list[Path]] | None:
+    """(the file of the layers, which may be missing, the embeddings) of what was packed; None of any other folder."""
+    lora, embeddings = folder / LORA, sorted(folder.glob("embeddings*.safetensors"))
+    return (lora, embeddings) if lora.is_file() or embeddings else None
+
+
 def _nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:
     entry.uid = entry.gid = 0
     entry.uname = entry.gname = ""

@@ -1,4 +1,4 @@
-"""What stands behind predict.py: its command line, and the weights that its Cog door keeps loaded.
+"""What stands behind predict.py: its command line. `trainer.serve_door` is behind its Cog door.
 
 Exit status: 0; 2 for input that cannot be used.
 """
@@ -6,15 +6,13 @@ Exit status: 0; 2 for input that cannot be used.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import sys
-import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from trainer import console, lean, progress, schedulers
 from trainer.ranks import launched
@@ -22,7 +20,7 @@ from trainer.registry import PartError
 from trainer.rundir import RunDirError
 
 if TYPE_CHECKING:
-    from trainer.generate import Learned, Look, Order, Painter
+    from trainer.generate import Look, Order
 
 WEIGHTS = "PATH [STRENGTH] [BLOCK=STRENGTH ...] [trigger=WORD]"
 
@@ -199,60 +197,3 @@ def _look(options: argparse.Namespace) -> tuple[Look, Mapping[str, str]]:
         ),
         begun,
     )
-
-
-class Loaded:
-    """The Cog door's memory: the base of the last request stays loaded, and the weights stay on it.
-
-    Its pictures lie in a temporary folder until the next request, or the end of the process.
-    """
-
-    def __init__(self, default: str | None) -> None:
-        self._default = default
-        self._key: str | None = None
-        self._painter: Painter | None = None
-        self._learned: Learned | None = None
-        self._out: tempfile.TemporaryDirectory[str] | None = None
-
-    def draw(self, inputs: Mapping[str, Any]) -> list[Path]:
-        """PNG files, which are there until the next call."""
-        from trainer import generate
-
-        given = inputs["replicate_weights"] or self._default
-        if given is None:
-            raise generate.GenerateError("there are no weights: give replicate_weights, or start with COG_WEIGHTS")
-        painter, learned = self._load(Path(str(given)))
-        seed = int(inputs["seed"] or 0)
-        order = generate.Order(
-            prompts=[str(inputs["prompt"])],
-            seeds=[seed + index for index in range(int(inputs["num_outputs"]))],
-            look=generate.Look(
-                steps=int(inputs["num_inference_steps"]),
-                guidance=float(inputs["guidance_scale"]),
-                negative=str(inputs["negative_prompt"]),
-                width=None if inputs["width"] is None else int(inputs["width"]),
-                height=None if inputs["height"] is None else int(inputs["height"]),
-            ),
-        )
-        weighted = [generate.Weighted(learned, generate.Strength(float(inputs["lora_scale"])))]
-        if self._out is not None:
-            self._out.cleanup()
-        self._out = tempfile.TemporaryDirectory(prefix="tempera-", ignore_cleanup_errors=True)
-        return list(generate.carry_out(painter, weighted, order, Path(self._out.name)))
-
-    def _load(self, path: Path) -> tuple[Painter, Learned]:
-        from trainer import generate
-
-        if not path.is_file():
-            raise generate.GenerateError(f"the weights {path} are no file here; give a tar or .safetensors")
-        with path.open("rb") as file:
-            key = hashlib.file_digest(file, "sha256").hexdigest()
-        if self._painter is None or self._learned is None or self._key != key:
-            with generate.opened(str(path)) as opened:
-                weights = generate.find(opened)
-                model = generate.base_of([weights])
-                if self._painter is None or self._painter.model != model:
-                    self._painter, self._learned = None, None  # the old base leaves before the new one comes
-                    self._painter = generate.Painter(model, generate.device("auto"), code=False)
-                self._learned, self._key = self._painter.read(weights), key
-        return self._painter, self._learned
