@@ -24,7 +24,7 @@ from trainer.models.parts import Parts, tokenizer_of
 _F = TypeVar("_F", bound=LatentFamily)
 LENGTH = 77  # tokens of a prompt
 SEED = 0
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -111,7 +111,7 @@ def _tokenizer(base: str, tower: str) -> Any:
     return tokenizer
 
 
-def _vocabulary(tokenizer: Any) -> dict[str, int]:
+def _vocabulary(tokenizer: Any) -> dict[str, Any]:
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     return {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, **special}
 

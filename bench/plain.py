@@ -155,7 +155,8 @@ def main() -> None:
     first = time.process_time()
     for _ in range(args.steps - 1):
         plain.step()
-    StableDiffusionPipeline.save_lora_weights(args.out, unet_lora_layers=get_peft_model_state_dict(plain.unet))
+    trained: dict[str, Any] = get_peft_model_state_dict(plain.unet)
+    StableDiffusionPipeline.save_lora_weights(args.out, unet_lora_layers=trained)
     print(json.dumps({"first_step_s": first}))
 
 

@@ -64,6 +64,7 @@ def steps(results: Figures) -> str:
     for part in ("tiny", "full"):
         for case in results.get(part, {}).get("cases", ()):
             name = f"{case['family']} {case['size']}, {case['resolution']} px, batch {case['batch']}, {case['dtype']}"
+            name += ", packed" if case.get("packed") else ""
             for way, figures in case["ways"].items():
                 low, high = figures["quartiles"]
                 limit = f"{figures['cpu_s'] / case['bound_s']:.1f}"

@@ -57,7 +57,10 @@ def test_a_random_part_has_weights_of_usual_size() -> None:
     with torch.device("meta"):
         part = nn.Sequential(nn.Linear(64, 256), nn.Conv2d(16, 32, 3), nn.LayerNorm(8))
     fullsize.fill(part, torch.bfloat16, torch.device("cpu"))
-    linear, conv, norm = part
+    linear, conv, norm = part[0], part[1], part[2]
+    assert isinstance(linear, nn.Linear)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.LayerNorm)
     assert linear.weight.dtype == torch.bfloat16
     assert linear.weight.float().std().item() == pytest.approx(1 / 8, rel=0.05)
     assert conv.weight.float().std().item() == pytest.approx(1 / math.sqrt(16 * 9), rel=0.05)

@@ -69,7 +69,9 @@ def test_outputs_and_gradients_are_those_of_double_precision(name: str, dtype: t
         for mine, theirs, right in zip(through(layer, x), plain, true, strict=True):
             assert off(mine, right) < most, turn
             assert off(mine, right) < 3 * off(theirs, right), turn
-    assert layer.packed.forward is not None  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    assert isinstance(layer, PackedLinear | PackedConv2d)
+    assert layer.packed.forward is not None
+    assert layer.packed.transposed is not None
 
 
 def test_another_size_than_it_was_packed_for_is_right() -> None:
@@ -168,7 +170,13 @@ def test_operators_that_fail_a_trial_are_not_used(
         def __getattr__(self, name: str) -> Any:
             if how == "raises":
                 raise AttributeError(f"there is no {name}")
-            return lambda x, *rest: x.new_zeros(2, 8, 48) if name == "_linear_pointwise" else x
+            return zeros if name == "_linear_pointwise" else itself
+
+    def itself(x: Tensor, *rest: Any) -> Tensor:
+        return x
+
+    def zeros(x: Tensor, *rest: Any) -> Tensor:
+        return x.new_zeros(2, 8, 48)
 
     monkeypatch.setattr(packed, "_ops", Broken)
     monkeypatch.setattr(packed, "SMALLEST", 10)
@@ -185,7 +193,9 @@ def test_operators_that_fail_a_trial_are_not_used(
 def families(tiny_base: Path) -> tuple[SD15, SD15]:
     """A plain and a packed one; each test must leave them as they were."""
     tree = {"base": str(tiny_base), "packed": "on"}
-    return SD15.load(ModelArgs(base=str(tiny_base)), CPU), SD15.load(ModelArgs.model_validate(tree), CPU)
+    return SD15.load(ModelArgs.model_validate({"base": str(tiny_base)}), CPU), SD15.load(
+        ModelArgs.model_validate(tree), CPU
+    )
 
 
 def predicted(family: SD15) -> Tensor:

@@ -47,8 +47,7 @@ def pack(root: nn.Module, mode: Literal["auto", "on", "off"], device: torch.devi
         log.info("frozen weights are not packed: %s", why)
         return 0
     for layer in layers:
-        layer.__class__ = PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d
-        layer.packed = Packed()
+        _switch(layer)
     log.info("frozen weights of %d layers are packed, which takes memory for two copies (model.packed)", len(layers))
     return len(layers)
 
@@ -58,7 +57,8 @@ def unpack(root: nn.Module) -> None:
     for layer in root.modules():
         if isinstance(layer, PackedLinear | PackedConv2d):
             del layer.packed
-            layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+            own: Any = layer
+            own.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
 
 
 class Packed:
@@ -74,7 +74,7 @@ class Packed:
 
     def fits(self, weight: Tensor) -> bool:
         """Whether what is packed is this weight; what was never packed fits."""
-        state = (weight.data_ptr(), weight._version, weight.dtype)  # pyright: ignore[reportPrivateUsage]
+        state = (weight.data_ptr(), weight._version, weight.dtype)
         if self._of is None:
             self._of = state
         return self._of == state
@@ -110,8 +110,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        layer, (grad,) = cast(PackedLinear, ctx.layer), grads
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        layer, (grad,) = cast(PackedLinear, ctx.layer), grad_outputs
         if layer.packed.transposed is None:
             layer.packed.transposed = _ops()._reorder_linear_weight(layer.weight.detach().t().contiguous(), _rows(grad))
         return _ops()._linear_pointwise(grad.contiguous(), layer.packed.transposed, None, "none", [], ""), None
@@ -128,9 +128,9 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         """The gradient, with zeros put in where the stride stepped over, convolved with the turned weight."""
-        layer, (grad,) = cast(PackedConv2d, ctx.layer), grads
+        layer, (grad,) = cast(PackedConv2d, ctx.layer), grad_outputs
         sides = list(zip(ctx.size[2:], layer.kernel_size, _padding(layer), strict=True))
         if layer.stride != (1, 1):
             height, width = (side + 2 * pad - kernel + 1 for side, kernel, pad in sides)
@@ -142,6 +142,12 @@ class _Conv2d(torch.autograd.Function):
             turned = layer.weight.detach().transpose(0, 1).flip(2, 3).contiguous()
             layer.packed.transposed = _convolution(turned, [1, 1], padding, grad)
         return _convolve(grad, layer.packed.transposed, None, [1, 1], padding), None
+
+
+def _switch(layer: Any) -> None:
+    """Makes a packed layer of a plain one: its class is another, its weights are where they were."""
+    layer.__class__ = PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d
+    layer.packed = Packed()
 
 
 def _takes(layer: nn.Module) -> bool:
@@ -199,8 +205,7 @@ def _trouble(dtype: torch.dtype) -> str | None:
         out: Tensor = plain(x)
         along = torch.randn(out.shape, generator=generator).to(dtype)
         (grad,) = torch.autograd.grad(out, x, along)
-        plain.__class__ = PackedLinear if isinstance(plain, nn.Linear) else PackedConv2d
-        plain.packed = Packed()  # pyright: ignore[reportAttributeAccessIssue]
+        _switch(plain)
         try:
             mine: Tensor = plain(x)
             (own,) = torch.autograd.grad(mine, x, along)
