@@ -29,7 +29,7 @@ from typing import Any
 from trainer import cog_schema
 
 ROOT = Path(__file__).resolve().parent.parent
-START_S = 180.0
+START_S = 600.0  # on a machine that is busy with something else, too
 ZIP = ROOT / "testbed/quickstart/mushroom.zip"
 PROMPTS = ("a yellow TOK on a green background", "a striped blue TOK on a cyan background")
 RESULTS = ROOT / "bench/results/cog.json"
