@@ -31,8 +31,6 @@ FIGURES = ("fidelity", "alignment_colour", "alignment_background", "alignment_si
 PICTURES, ORDINARY = 32, 48
 SCHEDULES: dict[str, list[str]] = {
     "default (adaptive pivot)": [],
-    "no pivot (both constant)": ["--optim.adapter.curve", "constant", "--optim.rows.curve", "constant"],
-    "LoRA alone, constant": ["--text.tokens", "0", "--optim.adapter.curve", "constant"],
     "LoRA alone, ten times the rate, cosine": [*ALONE, "--optim.adapter.lr", "1e-2"],
 }
 

@@ -65,7 +65,7 @@ class AdapterArgs(Section):
         "b-lora-content",
         "b-lora-style",
     ] = Field(
-        "attention",
+        "attention+ff",
         description="layers of the denoiser that are trained; all is every Linear and convolution, norm every norm, "
         "b-lora the two blocks of SDXL that carry content and style",
     )
@@ -130,7 +130,7 @@ class AdapterArgs(Section):
                         f"adapter.{option} is {getattr(self, option)}, which does nothing for adapter.kind {self.kind} "
                         f"(it is for {', '.join(kinds)}); leave it out"
                     )
-        if self.match and self.targets != "attention":
+        if self.match and self.targets != type(self).model_fields["targets"].default:
             raise ValueError(f"adapter.match is given, and so is adapter.targets ({self.targets}); choose one of them")
         if self.kind == "none" and self.text.train:
             raise ValueError("adapter.text.train is on, but adapter.kind is none; choose the kind, or turn it off")
