@@ -225,7 +225,7 @@ def test_embeddings_load_in_diffusers_and_are_the_live_encoding(tiny_base: Path,
     inversion.attach(on)
     export.export(tmp_path, "run", on, [inversion], args)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "run_TOK_embedding.safetensors", "run_KIT_embedding.safetensors", "README.md"
+        "run_TOK_embedding.safetensors", "run_KIT_embedding.safetensors", "README.md", "run_comfyui.json"
     }  # fmt: skip
     note = (tmp_path / "README.md").read_text()
     for text in ("`TOK` (folder dog)", "`embedding:run_KIT_embedding` for `KIT`", "*a KIT*", "for each trigger"):

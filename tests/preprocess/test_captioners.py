@@ -38,7 +38,6 @@ from testbed.pictures import COLOURS, FILLS, PLACES, SIZES, Scene, Thing, render
 from testbed.shapes import HELD_OUT_SHAPES
 from trainer import cog_door, run
 from trainer.args import CaptionModelArgs, DataArgs, TrainArgs
-from trainer.registry import PartError
 
 ROOT = Path(__file__).parents[2]
 CLIP = ROOT / "testbed/base/clip"
@@ -533,9 +532,13 @@ def test_a_captioner_of_ones_own_from_the_command_line(tmp_path: Path, monkeypat
         assert {row["caption_from"] for row in rows} == {spec}
     marker = tmp_path / "ran"
     (tmp_path / "hostile_captions.py").write_text(f"open({str(marker)!r}, 'w')\n{MINE}")
-    blank: dict[str, Any] = {**dict.fromkeys(cog_door.OPTIONS), "concept_mode": "object", "input_images": str(source)}
+    sent = shutil.make_archive(str(tmp_path / "sent"), "zip", source)
+    blank: dict[str, Any] = {"concept_mode": "object", "input_images": sent}
+    refused = r"data\.captioner .* would import code, which is refused here"
     for spec in ("hostile_captions:Mine", f"{tmp_path / 'hostile_captions.py'}:Mine"):
-        with pytest.raises(PartError, match=r"data\.captioner .* would import code, which is refused here"):
+        with pytest.raises(
+            cog_door.TrainingError, match=r"data\.captioner .* would import code, which is refused here"
+        ):
             cog_door.train({**blank, "args": json.dumps({"data": {"captioner": spec}})})
     assert not marker.exists()
 

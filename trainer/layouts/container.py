@@ -113,7 +113,8 @@ class Opened:
 
 def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Entry], dict[str, str], int]:
     first = file.read(8)
-    if wrong := _other_kind(first):
+    begins = file.read(1) == b"{"
+    if not begins and (wrong := _other_kind(first)):  # a header's length may look like the mark of another kind
         raise LayoutError(f"{path} is {wrong} and no .safetensors file; nothing of it was read")
     if len(first) < 8:
         raise LayoutError(f"{path} has {len(first)} bytes, which is no .safetensors file")
@@ -123,6 +124,7 @@ def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Entry], di
     if 8 + length > size:
         raise LayoutError(f"{path} is cut off: its header has {length:,} bytes, and the file {size:,}")
     try:
+        file.seek(8)
         found: Any = json.loads(file.read(length).decode("utf-8"))
         metadata: Any = found.pop("__metadata__", {})
         entries = {str(key): _entry(said) for key, said in found.items()}

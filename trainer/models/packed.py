@@ -110,7 +110,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  the decorator hides the names of its arguments
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None]:
         layer, (grad,) = cast(PackedLinear, ctx.layer), grad_outputs
         if layer.packed.transposed is None:
             layer.packed.transposed = _ops()._reorder_linear_weight(layer.weight.detach().t().contiguous(), _rows(grad))
@@ -128,7 +130,9 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  the decorator hides the names of its arguments
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None]:
         """The gradient, with zeros put in where the stride stepped over, convolved with the turned weight."""
         layer, (grad,) = cast(PackedConv2d, ctx.layer), grad_outputs
         sides = list(zip(ctx.size[2:], layer.kernel_size, _padding(layer), strict=True))
@@ -144,10 +148,11 @@ class _Conv2d(torch.autograd.Function):
         return _convolve(grad, layer.packed.transposed, None, [1, 1], padding), None
 
 
-def _switch(layer: Any) -> None:
+def _switch(layer: nn.Module) -> None:
     """Makes a packed layer of a plain one: its class is another, its weights are where they were."""
-    layer.__class__ = PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d
-    layer.packed = Packed()
+    kind, own = (PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d), cast(Any, layer)
+    own.__class__ = kind
+    own.packed = Packed()
 
 
 def _takes(layer: nn.Module) -> bool:

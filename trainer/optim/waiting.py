@@ -7,6 +7,7 @@ such a rule is to the bit the run without it, with room for its activations whil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,15 @@ class Waiting:
         self._optimizer, self._parameters = optimizer, parameters
         self._to_there, self._to_here = away, back
         self._there: list[tuple[nn.Parameter, str]] = []
-        optimizer.register_step_pre_hook(lambda *_: self._fetch())
-        optimizer.register_step_post_hook(lambda *_: self._send())
+        optimizer.register_step_pre_hook(self._fetched)
+        optimizer.register_step_post_hook(self._sent)
         optimizer.register_load_state_dict_post_hook(lambda _: self._loaded())
+
+    def _fetched(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._fetch()
+
+    def _sent(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._send()
 
     @property
     def names(self) -> list[str]:
