@@ -121,3 +121,16 @@ def test_numbers_that_are_none_are_named(tmp_path: Path) -> None:
     assert torch.equal(file.finite("a"), torch.ones(2))
     with pytest.raises(LayoutError, match="NaN or infinite, in b for one"):
         file.finite("b")
+
+
+@pytest.mark.parametrize("mark", [b"\x80\x02", b"\x80\x05", b"PK", b"<\x01"])
+def test_a_header_whose_length_looks_like_another_kind_is_read(tmp_path: Path, mark: bytes) -> None:
+    """A header of 640 bytes begins with the two that pickles begin with."""
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    wanted = int.from_bytes(mark, "little")
+    header = whole[8 : 8 + length].ljust(wanted)  # as the library pads its own
+    (tmp_path / "b.safetensors").write_bytes(wanted.to_bytes(8, "little") + header + whole[8 + length :])
+    assert load_file(tmp_path / "b.safetensors")["a"].tolist() == [1, 1]
+    assert Opened(tmp_path / "b.safetensors").tensor("a").tolist() == [1, 1]
