@@ -66,6 +66,14 @@ def test_a_pattern_is_over_parameters_and_their_modules(match: str, hits: list[s
     assert [name for of in found.values() for name in of] == hits
 
 
+def test_from_and_to_are_the_same_window() -> None:
+    (rule,) = rules({"match": "down_blocks.*", "lr_scale": 0.3, "from": 0.2, "to": 0.8})
+    assert (rule.after, rule.until, rule.lr_scale) == (0.2, 0.8, 0.3)
+    assert rules(rule.model_dump(mode="json")) == (rule,), "saved and read again"
+    with pytest.raises(ValidationError, match="from and after are two names for one thing"):
+        rules({"match": "*", "from": 0.1, "after": 0.1})
+
+
 def test_the_first_rule_that_matches_holds_and_the_table_says_so() -> None:
     given = rules({"match": "*lora_B*", "lr_scale": 4}, {"match": "down", "until": 0.5})
     found = assigned(given, named())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -126,6 +127,20 @@ class RuleArgs(CurveArgs):
         "keep",
         description="where what the optimizer remembers of them waits between updates: cpu frees the GPU's memory",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_other_names(cls, given: object) -> object:
+        """`from` and `to`, which Python keeps for itself, are `after` and `until`."""
+        if not isinstance(given, Mapping):
+            return given
+        named = dict(cast("Mapping[str, object]", given))
+        for other, name in (("from", "after"), ("to", "until")):
+            if other in named:
+                if name in named:
+                    raise ValueError(f"{other} and {name} are two names for one thing; give one of them")
+                named[name] = named.pop(other)
+        return named
 
     @field_validator("match")
     @classmethod
