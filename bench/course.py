@@ -32,6 +32,9 @@ PICTURES, ORDINARY = 32, 48
 SCHEDULES: dict[str, list[str]] = {
     "default (adaptive pivot)": [],
     "LoRA alone, ten times the rate, cosine": [*ALONE, "--optim.adapter.lr", "1e-2"],
+    "rows thirty times as fast, no pivot": [
+        *("--optim.adapter.curve", "cosine", "--optim.rows.curve", "cosine", "--optim.rows.lr", "3e-1"),
+    ],
 }
 
 
@@ -122,8 +125,12 @@ def table(results: dict[str, Any]) -> str:
     lines: list[str] = []
     for name, schedule in results["schedules"].items():
         courses = [run["course"] for run in schedule["runs"]]
+        seeds = f"{len(courses)} seed{'s' if len(courses) > 1 else ''}"
         steps = [point["step"] for point in courses[0]]
-        lines += [f"| {name} | " + " | ".join(f"step {step}" for step in steps) + " |", "|" + "---|" * (len(steps) + 1)]
+        lines += [
+            f"| {name}; {seeds} | " + " | ".join(f"step {step}" for step in steps) + " |",
+            "|" + "---|" * (len(steps) + 1),
+        ]
         for figure in FIGURES:
             means = [statistics.fmean(course[i][figure] for course in courses) for i in range(len(steps))]
             lines.append(f"| {figure.replace('_', ' ')} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")

@@ -36,7 +36,7 @@ def door(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> list[str]:
 # What is asked for and is not there -> the whole sentence: what was given, what is allowed, what to do.
 NOT_THERE: dict[str, tuple[list[str], str]] = {
     "a layer that is not there": (
-        ["--adapter.targets", "attention", "--adapter.match", '["down_blocks.9.*to_q"]'],
+        ["--adapter.targets", "attention+ff", "--adapter.match", '["down_blocks.9.*to_q"]'],
         "adapter.match 'down_blocks.9.*to_q' matches no layer; near it are "
         "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q, "
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q, "
@@ -75,11 +75,11 @@ NOT_THERE: dict[str, tuple[list[str], str]] = {
     ),
     "a LoRA of another family to start from": (
         ["--adapter.start", "{other}"],
-        "adapter.start: {other} changes 32 layers that the base has not ({3}); is it for another kind of base?",
+        "adapter.start: {other} changes 40 layers that the base has not ({3}); is it for another kind of base?",
     ),
     "a LoRA of another family to merge": (
         ["--model.merge", '{"{other}": 1.0}'],
-        "model.merge: {other} changes 32 layers that the base has not ({3}); is it for another kind of base?",
+        "model.merge: {other} changes 40 layers that the base has not ({3}); is it for another kind of base?",
     ),
     "an optimizer that does not exist": (
         ["--optim.adapter.name", "adamww"],

@@ -58,11 +58,11 @@ from trainer import lean
 lean.imports()
 from diffusers import DPMSolverMultistepScheduler, LMSDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
-print('scipy.stats._stats_py' in sys.modules, 'scipy.optimize' in sys.modules, 'scipy' in sys.modules)
+print('scipy.stats._stats_py' in sys.modules, 'scipy' in sys.modules)
 from transformers.utils import is_scipy_available
 made = DPMSolverMultistepScheduler(use_beta_sigmas=True)
 made.set_timesteps(4)
 LMSDiscreteScheduler().set_timesteps(4)
 print(is_scipy_available(), 'scipy.stats._stats_py' in sys.modules)
 """
-    assert ran(code).split() == ["False", "False", "True", "True", "True"]
+    assert ran(code).split() == ["False", "True", "True", "True"]

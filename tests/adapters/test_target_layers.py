@@ -64,7 +64,7 @@ def test_patterns_choose_leave_out_and_rank(unet: nn.Module) -> None:
         ({"exclude": ["nowhere"]}, "adapter.exclude 'nowhere' matches no layer"),
         ({"ranks": {"conv_in": 2}}, "adapter.ranks 'conv_in' matches no layer"),
         ({"alphas": {"x9": 2}}, "adapter.alphas 'x9' matches no layer"),
-        ({"exclude": ["attn"]}, "leaves no layer"),
+        ({"targets": "attention", "exclude": ["attn"]}, "leaves no layer"),
         ({"rank": 64}, r"above the layer's width in down_blocks\S+ \(rank 64, at most 32\)"),
         ({"targets": "norm"}, "changes Linear and Conv2d layers.*GroupNorm.*kind full"),
     ],
