@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from trainer import cog_schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,8 +75,8 @@ class Server:
 
     def worker(self) -> int:
         """Process id of what runs the code."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0])
+        (worker,) = psutil.Process(self.process.pid).children()
+        return worker.pid
 
     def leftovers(self) -> list[str]:
         """Files in the temporary folder, but Cog's own: spilled answers, and empty files of what it could not fetch."""
