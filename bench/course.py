@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from bench.methods import ALONE
+from bench.methods import ALONE, PRIOR
 from bench.runs import OUT, WORK, Job, machine, work
 from trainer import console, sampler
 from trainer.args import Section
@@ -35,6 +35,7 @@ SCHEDULES: dict[str, list[str]] = {
     "rows thirty times as fast, no pivot": [
         *("--optim.adapter.curve", "cosine", "--optim.rows.curve", "cosine", "--optim.rows.lr", "3e-1"),
     ],
+    "LoRA alone, ten times the rate, prior kept": [*ALONE, "--optim.adapter.lr", "1e-2", *PRIOR],
 }
 
 

@@ -20,6 +20,7 @@ from trainer.models import load, sd15, sdxl
 from trainer.models.latent import LatentFamily
 from trainer.models.packed import pack
 from trainer.models.parts import Parts, tokenizer_of
+from trainer.models.skeleton import PUBLISHED
 
 _F = TypeVar("_F", bound=LatentFamily)
 LENGTH = 77  # tokens of a prompt
@@ -32,28 +33,8 @@ VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-}
-UNET_SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+SDXL_SIZES = PUBLISHED["sdxl"]
+TOWERS_XL = (SDXL_SIZES["text_encoder"], {**SDXL_SIZES["text_encoder_2"], "hidden_act": "gelu"})
 
 
 class SD15(sd15.SD15):
@@ -62,7 +43,9 @@ class SD15(sd15.SD15):
     @classmethod
     def load(cls, args: ModelArgs, device: torch.device) -> Self:
         unet = {"cross_attention_dim": 768, "sample_size": 64}
-        return _packed(cls(_parts(args, device, cls, unet, (CLIP_L,), 0.18215)), args, device)
+        return _packed(
+            cls(_parts(args, device, cls, unet, (PUBLISHED["sd15"]["text_encoder"],), 0.18215)), args, device
+        )
 
 
 class SDXL(sdxl.SDXL):
@@ -70,7 +53,7 @@ class SDXL(sdxl.SDXL):
 
     @classmethod
     def load(cls, args: ModelArgs, device: torch.device) -> Self:
-        return _packed(cls(_parts(args, device, cls, UNET_SDXL, (CLIP_L, CLIP_G), 0.13025)), args, device)
+        return _packed(cls(_parts(args, device, cls, SDXL_SIZES["unet"], TOWERS_XL, 0.13025)), args, device)
 
 
 def _packed(family: _F, args: ModelArgs, device: torch.device) -> _F:

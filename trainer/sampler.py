@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from trainer.args import SampleArgs
 from trainer.rundir import atomic_write
 from trainer.types import Adapter, ModelFamily, Task
 
@@ -98,6 +99,11 @@ def generate(
             )
             pictures.extend(_pasted(picture, size, start) for picture in result.images)
     return pictures
+
+
+def settings(args: SampleArgs) -> dict[str, Any]:
+    """What `generate` is told of a run's samples, beside prompts and seeds."""
+    return {name: getattr(args, name) for name in ("steps", "guidance", "negative", "width", "height", "scheduler")}
 
 
 def sides(family: ModelFamily, width: int | None, height: int | None, start: Start | None = None) -> tuple[int, int]:

@@ -122,12 +122,7 @@ class Best(Hook):
                 run.family,
                 every,
                 seeds=[args.seed + index for index in range(len(every))],
-                steps=args.steps,
-                guidance=args.guidance,
-                negative=args.negative,
-                width=args.width,
-                height=args.height,
-                scheduler=args.scheduler,
+                **sampler.settings(args),
             )
         )
 

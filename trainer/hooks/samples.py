@@ -84,12 +84,7 @@ class Samples(Hook):
                 run.family,
                 args.prompts,
                 seeds=[args.seed + column for column in range(len(files))],
-                steps=args.steps,
-                guidance=args.guidance,
-                negative=args.negative,
-                width=args.width,
-                height=args.height,
-                scheduler=args.scheduler,
+                **sampler.settings(args),
                 adapters=run.adapters,
                 strength=strength,
             )
