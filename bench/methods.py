@@ -69,6 +69,23 @@ TABLES: dict[str, dict[str, list[str]]] = {
         ],
         "prior kept": PRIOR,
     },
+    "budgets": {
+        "300 steps": [],
+        "100 steps": ["--runtime.steps", "100"],
+        "1000 steps": ["--runtime.steps", "1000"],
+    },
+    "questions": {
+        "pivotal": [],
+        "LoRA alone": ALONE,
+        "min-SNR 5": ["--objective.min_snr_gamma", "5"],
+        "no caption dropout": ["--data.caption_dropout", "0"],
+        "offset noise 0.05": ["--objective.offset_noise", "0.05"],
+        "condition noise 0.1": ["--objective.noise.condition", "0.1"],
+        "rank 4": ["--adapter.rank", "4"],
+        "rank 32": ["--adapter.rank", "32"],
+        "attention": ["--adapter.targets", "attention"],
+        "attention and ff": ["--adapter.targets", "attention+ff"],
+    },
     "checkpoint": {
         "the last": [],
         "the best of 6": CHOSEN,

@@ -236,7 +236,7 @@ def _session(case: Case) -> Generator[Session]:
             {
                 "data": {"source": str(folder), "resolution": case.resolution},
                 "model": model,
-                "adapter": {"rank": case.rank},
+                "adapter": {"rank": case.rank, "targets": "attention"},  # as the plain script
                 "sample": {"steps": 1},
                 "hooks": {"tensorboard": False},
                 "runtime": {"out": out, "threads": 1, "batch_size": case.batch, "device": "cpu", "steps": 10**6},
