@@ -21,7 +21,8 @@ from trainer.adapters.layered import Layers
 from trainer.args import AdapterArgs, ModelArgs, TrainArgs
 from trainer.models import FAMILIES
 from trainer.models.sd15 import SD15
-from trainer.run import RunError, _begin  # pyright: ignore[reportPrivateUsage]
+from trainer.run import RunError
+from trainer.run.parts import begin
 
 CPU = torch.device("cpu")
 CONV = "attention+ff+conv"
@@ -179,7 +180,7 @@ def test_a_run_starts_from_a_file(tiny_base: Path, tmp_path: Path, kind: str) ->
     adapter = args.adapter.model_copy(update={"start": str(tmp_path / "run.safetensors")})
     args = args.model_copy(update={"adapter": adapter})
     parts = trained(other, args, size=0.0)
-    _begin(args, other, parts)
+    begin(args, other, parts)
     for part in parts:
         for key, change in part.differences().items():
             torch.testing.assert_close(change.weight, expected[key].weight, rtol=1e-4, atol=1e-6)
@@ -204,7 +205,7 @@ def test_a_start_that_does_not_fit_is_refused(
     args = args.model_copy(update={"adapter": AdapterArgs.model_validate(options)})
     other = SD15.load(args.model, CPU)
     with pytest.raises((ValueError, RunError), match=said):
-        _begin(args, other, trained(other, args))
+        begin(args, other, trained(other, args))
 
 
 def test_what_is_not_understood_is_listed(tiny_base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from trainer import cli, run
 from trainer.events import BatchMade
-from trainer.loop import train
+from trainer.hooks import Context, Hook
+from trainer.loop import Run, train
 from trainer.types import BaseModelError, Batch
 
 
@@ -38,14 +39,14 @@ def tree(base: Path, pictures: Path, out: Path, **sections: dict[str, Any]) -> d
     }
 
 
-class Batches(run.Hook):
+class Batches(Hook):
     """Keeps every batch."""
 
     def __init__(self, session: run.Session) -> None:
-        super().__init__(run.Context(session.dir, session.args))
+        super().__init__(Context(session.dir, session.args))
         self.kept: list[Batch] = []
 
-    def on_batch(self, run: run.Run, event: BatchMade) -> None:
+    def on_batch(self, run: Run, event: BatchMade) -> None:
         self.kept.append(event.batch)
 
 

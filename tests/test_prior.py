@@ -11,6 +11,7 @@ from small import items, latents
 
 from trainer import cli, concepts, run
 from trainer.dataset import Dataset
+from trainer.run import assembly
 
 
 def test_a_prior_needs_class_words() -> None:
@@ -56,7 +57,7 @@ def trained(base: Path, pictures: Path, out: Path, weight: float) -> tuple[float
         steps = list(session.steps())
         assert ("prior" in steps[0].terms) == (weight > 0)
         family, adapters = session.run.family, session.run.adapters
-        frozen = run._frozen(family, adapters)
+        frozen = assembly.frozen(family, adapters)
         xt, t = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.full((4,), 500)
         moved = []
         for word in ("dog", "TOK"):

@@ -13,7 +13,10 @@ from PIL import Image
 from trainer import cli, places, run
 from trainer.args import TrainArgs
 from trainer.dataset import Tags, forms, load_mask, load_pixels, read_manifest
+from trainer.engine import Engine
 from trainer.events import Gradients
+from trainer.hooks import Context, Hook
+from trainer.loop import Run
 from trainer.models.sd15 import SD15
 from trainer.view import Augment, Version, label, sizes
 
@@ -30,15 +33,15 @@ def gradients(base: Path, pictures: Path, out: Path, dtype: str) -> dict[str, to
     with run.opened(cli.validate(tree)) as session:
         found: dict[str, torch.Tensor] = {}
 
-        class Keep(run.Hook):
-            def on_gradients(self, run: run.Run, event: Gradients) -> dict[str, float]:
+        class Keep(Hook):
+            def on_gradients(self, run: Run, event: Gradients) -> dict[str, float]:
                 for named in run.components.values():
                     found.update(
                         {name: p.grad.clone() for name, p in named if event.update == 0 and p.grad is not None}
                     )
                 return {}
 
-        session.run.hooks = [Keep(run.Context(session.dir, session.args))]
+        session.run.hooks = [Keep(Context(session.dir, session.args))]
         steps = list(session.steps())
         assert all(p.dtype == torch.float32 for named in session.run.components.values() for _, p in named)
     assert len(steps) == 2
@@ -66,7 +69,7 @@ def test_gradients_of_every_precision_agree(
 
 def test_fp16_carries_gradients_that_half_precision_cannot_hold() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
-    engine = run.Engine(cli.validate({"data": {"source": "x"}, "runtime": {"device": "cpu"}}).runtime, "fp16")
+    engine = Engine(cli.validate({"data": {"source": "x"}, "runtime": {"device": "cpu"}}).runtime, "fp16")
     engine.watch(parameter)
     for _ in range(2):  # two micro-batches add up
         engine.backward((parameter.half().float() * 1e-8).sum())
@@ -78,7 +81,7 @@ def test_fp16_carries_gradients_that_half_precision_cannot_hold() -> None:
 def test_the_loss_scale_of_fp16_adapts_as_torchs_does_and_is_kept() -> None:
     """GradScaler halves at once and doubles after 2000 sound updates; its own arithmetic is asked, on the CPU."""
     runtime = cli.validate({"data": {"source": "x"}, "runtime": {"device": "cpu"}}).runtime
-    engine, torchs = run.Engine(runtime, "fp16"), torch.amp.GradScaler("cpu", backoff_factor=0.5)
+    engine, torchs = Engine(runtime, "fp16"), torch.amp.GradScaler("cpu", backoff_factor=0.5)
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.0)
     sound = [False, False, *[True] * 2001, False, *[True] * 2000]
@@ -93,14 +96,14 @@ def test_the_loss_scale_of_fp16_adapts_as_torchs_does_and_is_kept() -> None:
     scales: list[float] = []
     engine.backward(parameter.sum())
     assert scales == [torchs.get_scale()]
-    other = run.Engine(runtime, "fp16")
+    other = Engine(runtime, "fp16")
     other.load_state_dict(engine.state_dict())
     other.backward(parameter.sum())
     assert scales[0] == scales[1] == 2.0**15
     for _ in range(15):
         assert other.settled(False)
     assert not other.settled(False), "at a scale of 1 there is nothing to lower"
-    plain = run.Engine(runtime, "fp32")
+    plain = Engine(runtime, "fp32")
     assert plain.settled(True)
     assert not plain.settled(False)
     assert not plain.state_dict()
