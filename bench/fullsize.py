@@ -58,7 +58,7 @@ class SDXL(sdxl.SDXL):
 
 def _packed(family: _F, args: ModelArgs, device: torch.device) -> _F:
     """As a family's own `load` ends."""
-    pack(family.denoiser, args.packed, device)
+    pack(family.denoiser, args.packing, device)
     return family
 
 

@@ -175,6 +175,10 @@ class ModelFamily(Protocol):
         """Hex digest of the weights of `part` ("vae", "text_encoder", "denoiser"), for cache keys and env.json."""
         ...
 
+    def quantise(self) -> None:
+        """Holds the denoiser's frozen Linear weights in 8 bits from here on (model.quantise)."""
+        ...
+
 
 class Modular(Protocol):
     """What of a family says where its layers are and how programs name them."""

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from trainer.args.adapter import ADAPTER_KINDS, AdapterArgs, EncodersArgs, TextArgs
 from trainer.args.captions import CaptionModelArgs, TriggerModelArgs
 from trainer.args.data import KEEP_SIDES, ConceptArgs, DataArgs, Mode, RegularisationArgs
-from trainer.args.export import ExportArgs, Layout
+from trainer.args.export import OF_WHOLE_MODELS, ExportArgs, Layout
 from trainer.args.hooks import (
     ActivationsArgs,
     BestArgs,
@@ -150,4 +150,23 @@ class TrainArgs(Section):
             rows=self.text.tokens > 0,
             dora=self.adapter.kind == "dora" or (not known and self.adapter.kind != "none"),
         )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_needs_whole_weights(self) -> TrainArgs:
+        """Quantised weights are neither changed nor written."""
+        if self.model.quantise == "none":
+            return self
+        adapter, whole = self.adapter, [layout for layout in self.export.layouts if layout in OF_WHOLE_MODELS]
+        if adapter.kind == "full" and (adapter.targets != "norm" or adapter.match):
+            raise ValueError(
+                f"adapter.kind is full, which trains weights whole, but model.quantise is {self.model.quantise}, which "
+                "rounds them; take another kind, adapter.targets norm, or quantise none"
+            )
+        if whole:
+            raise ValueError(
+                f"export.layouts has {', '.join(whole)}, but model.quantise is {self.model.quantise}, and no whole "
+                "model is made of rounded weights; export kohya and merge that into the base with python -m "
+                "trainer.tools merge, or take quantise none"
+            )
         return self

@@ -10,6 +10,7 @@ from trainer.args.section import Section
 
 Layout = Literal["kohya", "diffusers", "comfy", "peft", "checkpoint", "checkpoint-folder", "embedding"]
 OF_ROWS: tuple[Layout, ...] = ("embedding",)  # the layouts of token vectors; all others are of layers
+OF_WHOLE_MODELS: tuple[Layout, ...] = ("checkpoint", "checkpoint-folder")
 
 
 class ExportArgs(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainer.args.section import Section
 
@@ -27,6 +27,11 @@ class ModelArgs(Section):
         description="file=strength: LoRAs and other updates (files or run directories) merged into the base first",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the frozen weights")
+    quantise: Literal["none", "int8"] = Field(
+        "none",
+        description="hold the denoiser's frozen Linear weights as 8-bit integers, with a scale for each row: less "
+        "memory, and weights off by up to 1/254 of the largest of their row",
+    )
     prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
         "auto", description="what the base predicts; auto reads the scheduler's config"
     )
@@ -41,3 +46,17 @@ class ModelArgs(Section):
         description="order the denoiser's frozen weights once for the CPU, which large models gain by, for memory of "
         "two more copies of them; auto: from 200 million weights on, where they all fit into half of the memory",
     )
+
+    @model_validator(mode="after")
+    def _packed_are_whole(self) -> ModelArgs:
+        if self.quantise != "none" and self.packed == "on":
+            raise ValueError(
+                f"packed is on, which holds two more copies of the weights, but quantise is {self.quantise}, which "
+                "saves their memory; take packed auto or off, or quantise none"
+            )
+        return self
+
+    @property
+    def packing(self) -> Literal["auto", "on", "off"]:
+        """What of `packed` is in force: weights that are quantised are not packed."""
+        return self.packed if self.quantise == "none" else "off"

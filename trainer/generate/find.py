@@ -165,7 +165,8 @@ def base_of(found: Sequence[Weights], base: str | None = None, dtype: str | None
                     + ("; choose one with --base" if option == "base" else ", so they cannot be drawn with at once")
                 )
     chosen = {"base": environment.located(base or first.base), **({"dtype": dtype} if dtype else {})}
-    return ModelArgs.model_validate({**first.model_dump(), **chosen})
+    whole = {"quantise": "none"}  # weights are put on the base as clients have it
+    return ModelArgs.model_validate({**first.model_dump(), **whole, **chosen})
 
 
 def _beside(lora: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from trainer.models.attention_maps import watched
 from trainer.models.clip_text import Tokens, fit, places
 from trainer.models.packed import pack
 from trainer.models.parts import Parts
+from trainer.models.quantised import quantise
 from trainer.models.weights import Weights
 from trainer.path import NoisePath
 from trainer.types import BaseModelError, ClientNames, Cond, Task
@@ -85,7 +86,7 @@ class LatentFamily:
             base.unet.enable_gradient_checkpointing()
         if args.attention == "xformers":
             use_xformers(base.unet)
-        pack(base.unet, args.packed, device)
+        pack(base.unet, args.packing, device)
         return family
 
     def spellings(self, component: str, path: str) -> Sequence[str]:
@@ -169,8 +170,23 @@ class LatentFamily:
         """
         return self._weights.digest(part)
 
+    def quantise(self) -> None:
+        """Holds the denoiser's Linear weights in 8 bits from here on; its fingerprint stays that of the base as loaded.
+
+        Before an adapter is attached.
+        """
+        self._weights.digest("denoiser")  # which lets go of the weights
+        del self._tensors["denoiser"]
+        quantise(self.denoiser)
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By part ("denoiser", "vae", text encoders): the base's own tensors, whether or not an adapter is attached."""
+        """By part ("denoiser", "vae", text encoders): the base's own tensors, whether or not an adapter is attached.
+
+        Raises:
+            BaseModelError: the denoiser's are rounded.
+        """
+        if "denoiser" not in self._tensors:
+            raise BaseModelError("the denoiser's weights are rounded (model.quantise), and no model is made of them")
         return {part: {name: t.detach() for name, t in own.items()} for part, own in self._tensors.items()}
 
     def single_file(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

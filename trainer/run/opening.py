@@ -113,6 +113,8 @@ def _ready(args: TrainArgs, parts: Parts, here: Ranks) -> Generator[tuple[ModelF
             layouts.merge(family, args.model.merge)
         except layouts.LayoutError as error:
             raise RunError(f"model.merge: {error}") from error
+        if args.model.quantise != "none":  # of what was merged, rounded once
+            family.quantise()
         try:
             sampler.check(family, args.sample.steps, args.sample.width, args.sample.height, args.sample.scheduler)
         except (sampler.SampleError, SchedulerError) as error:
