@@ -66,7 +66,7 @@ class Server:
     def state(self) -> str:
         return str(self.ask("GET", "/health-check")[1]["status"])
 
-    def wait(self, *states: str, seconds: float = 60.0) -> None:
+    def wait(self, *states: str, seconds: float = START_S) -> None:
         deadline = time.monotonic() + seconds
         while (state := self.state()) not in states:
             if time.monotonic() > deadline:

@@ -34,9 +34,9 @@ def environment() -> dict[str, str]:
 
 
 def launch(logs: Path, *argv: str) -> Launch:
-    """Runs it to its end, for two minutes at most."""
+    """Runs it to its end, for five minutes at most."""
     done = subprocess.run(
-        torchrun(logs, *argv), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        torchrun(logs, *argv), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
     return Launch(done.returncode, said(logs, "stderr"), said(logs, "stdout"), done.stderr)
 

@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from trainer.args import ComponentOptim, ObjectiveArgs
@@ -19,6 +21,12 @@ from trainer.path import NoisePath
 from trainer.types import Cond
 
 WORDS = ["", "a", "red", "TOK"]
+
+
+def noise(size: tuple[int, int], spread: float, seed: int = 0) -> Image.Image:
+    """A grey picture of normal noise around 128, the same each time, as PIL's effect_noise is not."""
+    values = np.random.default_rng(seed).normal(128, spread, size[::-1])
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 class Denoiser(nn.Module):

@@ -107,49 +107,49 @@ class Cancelled(BaseException):
     """As Cog's exception comes: into the waiting thread."""
 
 
-def interrupted(work: cancel.Work[Any], after: float) -> float:
-    """Cancels the thread that waits for `work`; the seconds that this took."""
+def interrupted(work: cancel.Work[Any], begun: threading.Event) -> None:
+    """Cancels the thread that waits for `work`, once the job has begun."""
     waiting = threading.get_ident()
-    began: list[float] = []
 
     def strike() -> None:
-        time.sleep(after)
-        began.append(time.monotonic())
+        assert begun.wait(120)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(waiting), ctypes.py_object(Cancelled))
 
     threading.Thread(target=strike).start()
     with pytest.raises(Cancelled):
         work.result()
-    return time.monotonic() - began[0]
 
 
-def test_work_is_ended_where_it_says_that_it_is_whole() -> None:
+def test_work_is_ended_where_it_says_that_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cancel, "GRACE_S", 60.0)
     done: list[str] = []
+    begun = threading.Event()
 
     def job(work: cancel.Work[None]) -> None:
         work.whole = True
-        for _ in range(100):
-            time.sleep(0.1)
-            if work.asked.is_set():
-                done.append("saved")
-                raise KeyboardInterrupt
+        begun.set()
+        assert work.asked.wait(120)
+        time.sleep(0.1)  # an interruption would come here
+        done.append("saved")
+        raise KeyboardInterrupt
 
-    interrupted(cancel.Work(job), 0.3)
+    interrupted(cancel.Work(job), begun)
     assert done == ["saved"]
 
 
 def test_work_that_is_at_nothing_whole_is_interrupted_anywhere() -> None:
-    done: list[str] = []
+    cleaned, begun = threading.Event(), threading.Event()
 
     def job(work: cancel.Work[None]) -> None:
         try:
+            begun.set()
             while True:
                 time.sleep(0.01)
         finally:
-            done.append("cleaned")
+            cleaned.set()
 
-    interrupted(cancel.Work(job), 0.1)
-    assert done == ["cleaned"]
+    interrupted(cancel.Work(job), begun)
+    assert cleaned.wait(60)
 
 
 def test_work_hands_its_result_and_its_failure_on() -> None:

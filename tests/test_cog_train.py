@@ -340,7 +340,7 @@ def test_a_webhook_hears_of_a_failure_with_its_traceback(trainer: Server, pages:
     trainer.wait("READY")
     more = {"webhook": f"{pages.url}/hook", "webhook_events_filter": ["completed"]}
     assert trainer.post("trainings", given, **more)[1]["status"] == "failed"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not pages.posted:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -359,7 +359,7 @@ def started(running: Server, name: str, given: dict[str, object]) -> None:
 
 def until(running: Server, name: str, given: dict[str, object], said: str) -> dict[str, Any]:
     """The state of a running training once its log or its metrics have `said`; PUT on a running id gives it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while True:
         state = running.ask("PUT", f"/trainings/{name}", {"input": given}, {"Prefer": "respond-async"})[1]
         if said in json.dumps([state.get("logs"), state.get("metrics")]):
@@ -384,8 +384,8 @@ def test_cancelled_while_it_trains_and_gone_on_with(
         until(trainer, f"c{turn}", given, "step_000005")
         assert trainer.post("trainings", given)[0] == 409
         cancelled(trainer, f"c{turn}")
-        assert not trainer.leftovers()
         failed(trainer, {})  # waits for the end of an update that took long
+        assert not trainer.leftovers()
         (kept,) = trainer.kept.iterdir()
         assert list((kept / "lora/checkpoints").glob("step_*"))
         resume = kept.name
@@ -413,7 +413,7 @@ def test_cancelled_while_it_downloads_or_draws(trainer: Server, pages: Site, tin
     pages.asked.clear()
     stuck = request(tiny_base, input_images=json.dumps([f"{pages.url}/stuck/set.zip", f"{pages.url}/set.zip"]))
     started(trainer, "d", stuck)
-    assert pages.asked.wait(30)
+    assert pages.asked.wait(120)
     cancelled(trainer, "d")
     drawing = request(tiny_base, input_images=data_url(packed), args={"sample": {"steps": 1000}})
     started(trainer, "s", drawing)

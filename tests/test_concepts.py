@@ -9,12 +9,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
-from small import items
+from small import items, noise
 
 from preprocess import PreprocessError, build
 from preprocess.survey import survey
@@ -36,10 +36,8 @@ def draw(folder: Path, captions: dict[str, str | None], shade: int = 0) -> None:
     """A picture for each name; None leaves it without a caption."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, (name, caption) in enumerate(captions.items()):
-        picture = (
-            Image.effect_noise((40, 40), 90).convert("RGB").point([min(255, v + shade + i) for v in range(256)] * 3)
-        )
-        picture.save(folder / f"{name}.png")
+        picture = noise((40, 40), 90, seed=crc32(name.encode())).convert("RGB")
+        picture.point([min(255, v + shade + i) for v in range(256)] * 3).save(folder / f"{name}.png")
         if caption is not None:
             (folder / f"{name}.txt").write_text(caption)
 

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import draw_pictures
+from held import HELD
 from launched import ROOT, environment, launch, said, torchrun
-from PIL import Image
 from safetensors.torch import load_file
-from small import items, latents
+from small import items, latents, noise
 from torch.distributed import HashStore
 
 from trainer import predict_door, ranks
@@ -83,19 +83,23 @@ def test_a_launch_that_is_stopped_goes_on_bit_for_bit(
     steps = ("--runtime.steps", "12", "--runtime.name", "run")
     stopped = RunDir(tmp_path / "two" / "run")
     logs = tmp_path / "logs"
-    command = torchrun(logs, "train.py", *options(tiny_base, tiny_pictures, tmp_path / "two", *steps))
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-    wait_for(process, lambda: stopped.metrics.is_file() and len(stopped.metrics.read_text().splitlines()) >= 3)
+    held, hook = tmp_path / "held", ("--hooks.extra", f"{ROOT}/tests/held.py:Held")
+    command = torchrun(logs, "train.py", *options(tiny_base, tiny_pictures, tmp_path / "two", *steps, *hook))
+    env = {**environment(), HELD: str(held)}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    wait_for(process, held.exists)
     if number == signal.SIGKILL:  # of one rank; the launcher then ends the other
         subprocess.run(["pkill", "-9", "-n", "-P", str(process.pid)], check=True)
     else:
         process.send_signal(number)
-    assert process.wait(90) != 0
+        wait_for(process, lambda: "stopping after this update" in said(logs, "stderr")[0])
+    held.unlink()
+    assert process.wait(180) != 0
     if number != signal.SIGKILL:
         assert [text.count("continue with") for text in said(logs, "stderr")] == [1, 0]
     newest = stopped.newest_checkpoint()
     assert newest is not None
-    assert 2 <= newest[0] < 12
+    assert 4 <= newest[0] < 12
     assert main(["--resume", str(stopped.root)]) == 2
     assert "was begun by 2 processes" in capsys.readouterr().err
     assert launch(tmp_path / "again", "train.py", "--resume", str(stopped.root)).status == 0
@@ -216,18 +220,22 @@ def test_only_the_first_that_fails_speaks() -> None:
     assert Ranks().fails(1)
 
 
-def test_a_silent_rank_is_given_up_and_one_with_signs_of_life_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "BEAT_S", 0.02)
-    monkeypatch.setattr(ranks, "SILENT_S", 0.5)
-    monkeypatch.setattr(ranks, "LEAVE_S", 0.1)
+class Flying:
+    """The clock of `ranks`, which a test moves on while threads go at their own pace."""
 
-    def late(here: Ranks) -> list[Any]:
-        threading.Thread(target=here.beat, daemon=True).start()
-        time.sleep(1.0)
-        try:
-            return here.gathered([here.rank])
-        finally:
-            here.leave()
+    def __init__(self) -> None:
+        self.skipped = 0.0
+        self.sleep = time.sleep
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.skipped
+
+
+def test_a_silent_rank_is_given_up_and_one_with_signs_of_life_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Flying()
+    monkeypatch.setattr(ranks, "time", clock)
+    monkeypatch.setattr(ranks, "BEAT_S", 0.02)
+    monkeypatch.setattr(ranks, "LEAVE_S", 0.1)
 
     def prompt(here: Ranks) -> list[Any]:
         threading.Thread(target=here.beat, daemon=True).start()
@@ -236,10 +244,59 @@ def test_a_silent_rank_is_given_up_and_one_with_signs_of_life_is_not(monkeypatch
         finally:
             here.leave()
 
+    def late(here: Ranks) -> list[Any]:
+        """Comes after three times SILENT_S, in steps between which the other has heard of both."""
+        threading.Thread(target=here.beat, daemon=True).start()
+        for _ in range(6):
+            clock.skipped += ranks.SILENT_S / 2
+            rises(here.store, 0, 1)
+            heard.wait_for_more()
+        return prompt(here)
+
+    heard = Heard(monkeypatch)
     assert in_threads(HashStore(), prompt, late) == [[0, 1], [0, 1]]
-    waiting, gone = in_threads(HashStore(), prompt, lambda here: "killed")
+
+    def killed(here: Ranks) -> str:
+        rises(here.store, 0)
+        heard.wait_for_more()
+        clock.skipped += 1.1 * ranks.SILENT_S
+        return "killed"
+
+    waiting, gone = in_threads(HashStore(), prompt, killed)
     assert gone == "killed"
     assert "rank 1 of 2 has given no sign of life" in str(waiting)
+
+
+class Heard:
+    """How often somebody who waits has looked for signs of life."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times = 0
+        listen = Ranks._listen  # pyright: ignore[reportPrivateUsage]
+
+        def counted(here: Ranks, beats: dict[int, tuple[int, float]], now: float) -> None:
+            listen(here, beats, now)
+            self.times += 1
+
+        monkeypatch.setattr(Ranks, "_listen", counted)
+
+    def wait_for_more(self) -> None:
+        """Until it has been done once more from its beginning to its end."""
+        before = self.times
+        holds(lambda: self.times >= before + 2)
+
+
+def rises(store: Any, *numbers: int) -> None:
+    """Waits until each of these ranks has given one more sign of life."""
+    before = [store.add(f"beat/{rank}", 0) for rank in numbers]
+    holds(lambda: all(store.add(f"beat/{rank}", 0) > then for rank, then in zip(numbers, before, strict=True)))
+
+
+def holds(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_one_that_was_told_to_stop_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,10 +339,10 @@ def test_several_concepts_and_a_regularisation_set_are_the_same_for_two_processe
     tiny_base: Path, tmp_path: Path
 ) -> None:
     """Turns of concepts, shares of class pictures, kept priors and dropped ranks are those of one process."""
-    for folder in ("pictures/dog", "pictures/cat", "stars"):
+    for number, folder in enumerate(("pictures/dog", "pictures/cat", "stars")):
         (tmp_path / folder).mkdir(parents=True)
         for i in range(3):
-            Image.effect_noise((40, 40), 90).convert("RGB").save(tmp_path / folder / f"{i}.png")
+            noise((40, 40), 90, seed=3 * number + i).convert("RGB").save(tmp_path / folder / f"{i}.png")
     concepts = {
         "dog": {"trigger": "DOG", "class_words": ["red"]},
         "cat": {"trigger": "CAT", "class_words": ["blue"]},

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from held import HELD
 from safetensors.torch import load_file
 
 from trainer.__main__ import main
@@ -35,16 +36,18 @@ def test_steps_equal_some_steps_sigkill_resume_and_the_rest(
     options = [str(tiny_pictures), "--model.base", str(tiny_base), "--runtime.out", str(tmp_path), *EVERYTHING]
     assert main(["object", *options, "--runtime.name", "whole"]) == 0
     killed = RunDir(tmp_path / "killed")
-    process = start("object", *options, "--runtime.name", "killed")
-    wait_for_step(process, killed, 4)
+    held = tmp_path / "held"
+    hook = ("--hooks.extra", f"{ROOT}/tests/held.py:Held")
+    process = start("object", *options, "--runtime.name", "killed", *hook, **{HELD: str(held)})
+    wait_for(process, held)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(30) == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
     newest = killed.newest_checkpoint()
     assert newest is not None
     assert 3 <= newest[0] < STEPS, "it was killed between a checkpoint and the end"
     assert not killed.export.exists()
     resumed = start("--resume", str(killed.root))
-    assert resumed.wait(120) == 0, resumed.stderr.read() if resumed.stderr else ""
+    assert resumed.wait(300) == 0, resumed.stderr.read() if resumed.stderr else ""
 
     whole = RunDir(tmp_path / "whole")
     compare(whole.export / "whole.safetensors", killed.export / "killed.safetensors")
@@ -58,22 +61,22 @@ def test_steps_equal_some_steps_sigkill_resume_and_the_rest(
         assert a.read_bytes() == (killed.samples / a.relative_to(whole.samples)).read_bytes(), a
 
 
-def start(*argv: str) -> subprocess.Popen[str]:
+def start(*argv: str, **more: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "train.py"), *argv]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ}
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **more}
     )
 
 
-def wait_for_step(process: subprocess.Popen[str], run: RunDir, step: int) -> None:
-    deadline = time.monotonic() + 120
+def wait_for(process: subprocess.Popen[str], file: Path) -> None:
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if run.metrics.is_file() and len(run.metrics.read_text().splitlines()) >= step:
+        if file.exists():
             return
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.005)
     process.kill()
-    raise AssertionError(f"no step {step} within two minutes")
+    raise AssertionError("it was not held within five minutes")
 
 
 def compare(a: Path, b: Path) -> None:

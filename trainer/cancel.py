@@ -51,8 +51,8 @@ class Work(threading.Thread, Generic[T]):
 
     def result(self) -> T:
         """What the job gave or raised. An exception that comes to the waiting thread ends the work, and goes on."""
-        self.start()
         try:
+            self.start()
             while not self._done.wait(0.05):  # short: an exception reaches a thread between two of its lines
                 pass
         except BaseException:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from small import noise
 
 from preprocess import PreprocessError, build, crew
 from preprocess.crew import Crew
@@ -79,7 +80,7 @@ def test_values_and_words_come_in_order(workers: int, caplog: pytest.LogCaptureF
 
 
 def test_few_pictures_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(crew, "PATIENCE_S", 3600.0)
     with Crew(3) as hands:
         assert {pid for _, pid in hands.map("squaring", squared, range(50), name=str)} == {os.getpid()}
 
@@ -138,7 +139,7 @@ def test_ranks_put_their_parts_together_and_hear_of_failures(tmp_path: Path) -> 
 
 
 def test_a_rank_that_fails_is_named_by_the_other(tmp_path: Path) -> None:
-    barrier = threading.Barrier(2, timeout=20)
+    barrier = threading.Barrier(2, timeout=120)
     function = partial(failing, error=OSError(28, "No space left"))
 
     def part(rank: int) -> None:
@@ -160,7 +161,7 @@ def source(tmp_path: Path) -> Path:
     (folder / "masks").mkdir(parents=True)
     for index in range(24):
         size = (40 + index, 64)
-        picture = Image.effect_noise(size, 60).convert("RGB")
+        picture = noise(size, 60, seed=index).convert("RGB")
         ImageDraw.Draw(picture).ellipse((8, 8, 30 + index, 40), fill=(index * 10, 200, 90))
         picture.save(folder / f"p{index:02}.{('png', 'jpg', 'webp')[index % 3]}")
         if index % 4 == 0:
@@ -215,20 +216,30 @@ def test_the_dataset_is_the_same_with_any_number_of_workers(
 
 
 BUILD = """
-import signal, sys
+import signal, sys, time
 from pathlib import Path
 from preprocess import build, crew
 from trainer.args import DataArgs
 crew.PATIENCE_S = crew.START_S = 0.0
+held = Path(sys.argv[4])
+
+class Held(crew.Progress):  # at the thirtieth picture, for longer than a test takes
+    def advance(self, *words, **more):
+        super().advance(*words, **more)
+        if self.done == 30 and self.what == "decoding" and held.name:
+            held.touch()
+            time.sleep(600)
+
+crew.Progress = Held
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 build(sys.argv[1], Path(sys.argv[2]), DataArgs(source="", workers=int(sys.argv[3])), 64, 16)
 """
 
 
-def started(source: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", BUILD, str(source), str(out), str(workers)], cwd=ROOT, stderr=subprocess.PIPE
-    )
+def started(source: Path, out: Path, workers: int, held: str = "") -> subprocess.Popen[bytes]:
+    """A build, which makes the file `held` half way and goes no further."""
+    command = [sys.executable, "-c", BUILD, str(source), str(out), str(workers), held]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
 
 
 @pytest.fixture
@@ -236,8 +247,8 @@ def many(tmp_path: Path) -> Path:
     """Pictures that take a while together."""
     folder = tmp_path / "many"
     folder.mkdir()
-    picture = Image.effect_noise((500, 400), 90).convert("RGB")
-    for index in range(60):
+    picture = noise((400, 320), 90).convert("RGB")
+    for index in range(80):
         picture.putpixel((0, 0), (index, 0, 0))
         picture.save(folder / f"p{index:02}.bmp")
     return folder
@@ -253,26 +264,26 @@ def test_killed_half_way_it_leaves_no_process_and_does_only_what_is_missing(
     how: signal.Signals, many: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    process = started(many, out, 2)
-    pictures = out / "cache/pictures"
-    wait_for(lambda: pictures.is_dir() and len(list(pictures.glob("*.png"))) >= 30)
+    held, pictures = tmp_path / "held", out / "cache/pictures"
+    process = started(many, out, 2, str(held))
+    wait_for(held.exists)
     children = workers_of(process.pid)
     process.send_signal(how)
-    process.wait(10)
+    process.wait(60)
     assert len(children) == 2
     wait_for(lambda: not any(alive(pid) for pid in children))
     assert not (out / "dataset.jsonl").exists()
     before = {path.name: path.stat().st_mtime_ns for path in pictures.glob("[!.]*.png")}
-    assert 30 <= len(before) < 60
+    assert 30 <= len(before) < 80
     again = started(many, out, 0)
-    assert again.wait(60) == 0, again.stderr and again.stderr.read()
+    assert again.wait(300) == 0, again.stderr and again.stderr.read()
     redone = [name for name, then in before.items() if (pictures / name).stat().st_mtime_ns != then]
     assert len(redone) <= 2 * 2 * 8  # what was in flight
-    assert len((out / "dataset.jsonl").read_text().splitlines()) == 60
+    assert len((out / "dataset.jsonl").read_text().splitlines()) == 80
 
 
 def wait_for(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -283,7 +294,7 @@ def test_two_at_once_on_one_folder_do_no_harm(source: Path, tmp_path: Path) -> N
     processes = [started(source, both, workers) for workers in (0, 2)]
     build(str(source), alone, DataArgs.model_validate({"source": ""}), 64, 16)
     for process in processes:
-        assert process.wait(60) == 0, process.stderr and process.stderr.read()
+        assert process.wait(300) == 0, process.stderr and process.stderr.read()
     assert (both / "dataset.jsonl").read_bytes() == (alone / "dataset.jsonl").read_bytes()
     for row in map(json.loads, (both / "dataset.jsonl").read_text().splitlines()):
         with Image.open(both / row["file"]) as ours, Image.open(alone / row["file"]) as theirs:

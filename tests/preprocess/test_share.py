@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from small import noise
 
 from preprocess import Report, build, sheet
 from trainer.args import DataArgs
@@ -25,7 +26,7 @@ def source(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     for index in range(9):
-        Image.effect_noise((64, 48), 80 + index % 8).convert("RGB").save(folder / f"p{index}.png")
+        noise((64, 48), 80 + index % 8, seed=index).convert("RGB").save(folder / f"p{index}.png")
     (folder / "p8.png").write_bytes((folder / "p1.png").read_bytes())
     (folder / "p3.png").write_bytes((folder / "p3.png").read_bytes()[:99])
     (folder / "p2.txt").write_text("a TOK, told")
@@ -56,7 +57,7 @@ def test_ranks_end_with_the_dataset_of_one(
         return real(*arguments)
 
     monkeypatch.setattr(sheet, "write", write)
-    barrier = threading.Barrier(processes, timeout=30)
+    barrier = threading.Barrier(processes, timeout=120)
     shares = [Share(rank, processes, lambda: barrier.wait() and None) for rank in range(processes)]
     with ThreadPoolExecutor(processes) as ranks:
         reports = list(ranks.map(lambda share: made(source, tmp_path / "ranks", share, dedupe="near"), shares))
@@ -94,7 +95,7 @@ def test_masks_are_found_by_the_first_and_finished_by_all(
 ) -> None:
     (tmp_path / "bright.py").write_text(OWN)
     (source / "p0.png").write_bytes((source / "p2.png").read_bytes())
-    Image.effect_noise((64, 48), 20).point([200 + value // 8 for value in range(256)]).save(source / "p6.png")
+    noise((64, 48), 20).point([200 + value // 8 for value in range(256)]).save(source / "p6.png")
     mask = {"sources": ["sidecar", f"{tmp_path}/bright.py:Bright"], "feather": 0.1}
     options = {"masks": True, "mask": mask, "dedupe": "off"}
     Image.new("L", (64, 48), 255).save(source / "p7.mask.png")
@@ -110,7 +111,7 @@ def test_masks_are_found_by_the_first_and_finished_by_all(
         return real(*arguments)
 
     monkeypatch.setattr(MASKS, "kept", kept)
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=120)
     shares = [Share(rank, 2, lambda: barrier.wait() and None) for rank in range(2)]
     with ThreadPoolExecutor(2) as ranks:
         reports = list(ranks.map(lambda share: made(source, tmp_path / "ranks", share, **options), shares))
@@ -132,7 +133,7 @@ def test_a_rank_makes_its_part_only(source: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(INGEST, "decode", decode)
     (source / "p3.png").unlink()
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=120)
     shares = [Share(rank, 2, lambda: barrier.wait() and None) for rank in range(2)]
     with ThreadPoolExecutor(2) as ranks:
         list(ranks.map(lambda share: made(source, tmp_path / "out", share), shares))

@@ -192,7 +192,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
 
 
-@settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=mutated())
 def test_mutated_archives_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
     """No error but our own comes out, nothing is written, and no more is read than the limits allow."""
