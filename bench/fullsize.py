@@ -18,7 +18,6 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from trainer.args import ModelArgs
 from trainer.models import load, sd15, sdxl
 from trainer.models.latent import LatentFamily
-from trainer.models.packed import pack
 from trainer.models.parts import Parts, tokenizer_of
 from trainer.models.skeleton import PUBLISHED
 
@@ -43,7 +42,7 @@ class SD15(sd15.SD15):
     @classmethod
     def load(cls, args: ModelArgs, device: torch.device) -> Self:
         unet = {"cross_attention_dim": 768, "sample_size": 64}
-        return _packed(
+        return _arranged(
             cls(_parts(args, device, cls, unet, (PUBLISHED["sd15"]["text_encoder"],), 0.18215)), args, device
         )
 
@@ -53,12 +52,12 @@ class SDXL(sdxl.SDXL):
 
     @classmethod
     def load(cls, args: ModelArgs, device: torch.device) -> Self:
-        return _packed(cls(_parts(args, device, cls, SDXL_SIZES["unet"], TOWERS_XL, 0.13025)), args, device)
+        return _arranged(cls(_parts(args, device, cls, SDXL_SIZES["unet"], TOWERS_XL, 0.13025)), args, device)
 
 
-def _packed(family: _F, args: ModelArgs, device: torch.device) -> _F:
+def _arranged(family: _F, args: ModelArgs, device: torch.device) -> _F:
     """As a family's own `load` ends."""
-    pack(family.denoiser, args.packing, device)
+    family.arrange(args, device)
     return family
 
 
@@ -80,8 +79,6 @@ def _parts(
             towers[name] = kind(CLIPTextConfig(**sizes, **_vocabulary(tokenizers[name])))
     for part in (denoiser, vae, *towers.values()):
         fill(part, dtype, device)
-    if args.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     return Parts(tokenizers, towers, vae, denoiser, scheduler, {})
 

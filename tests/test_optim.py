@@ -197,6 +197,19 @@ def test_adamw_takes_the_textbook_step_with_decoupled_decay() -> None:
     torch.testing.assert_close(p.data, torch.tensor([1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]))
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_adam_is_one_operator_on_a_cpu_with_the_numbers_of_the_plain_one(name: str) -> None:
+    plain, mine = low_rank(), low_rank()
+    theirs = build(args(name=name, lr=0.1, weight_decay=0.1, options={"foreach": False}), plain)
+    optimizer = build(args(name=name, lr=0.1, weight_decay=0.1), mine)
+    assert [one.param_groups[0]["fused"] for one in (optimizer, theirs)] == [True, None]
+    for seed in range(5):
+        push(theirs, plain, seed)
+        push(optimizer, mine, seed)
+    for one, other in zip(copies(mine), copies(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_prodigy_is_the_published_one_with_bias_correction_and_safeguard() -> None:
     ours, theirs = parameter(), parameter()
     a = build(args(name="prodigy", lr=1.0, weight_decay=0.1), [("p", ours)])

@@ -349,5 +349,5 @@ def _served(model: ModelArgs) -> ModelArgs:
                 "operator says where it is as TEMPERA_BASE"
             )
         model = model.model_copy(update={"base": own})
-    plain = {"base": environment.located(model.base), "gradient_checkpointing": False, "attention": "sdpa"}
+    plain = {"base": environment.located(model.base), "gradient_checkpointing": False, "attention": "auto"}
     return sniff.named(model.model_copy(update=plain))

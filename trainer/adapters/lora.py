@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from trainer.adapters.drops import Drops
+from trainer.adapters.fused import fuse
 from trainer.adapters.layered import NAME, expect, put
 from trainer.adapters.targets import Target
 from trainer.adapters.tuned import Tuned
@@ -31,6 +32,13 @@ class LoRA(Tuned):
             alpha_pattern=self._alphas(targets),
         )
         return LoraModel(root, config, NAME)
+
+    def _put(self, root: nn.Module, targets: Sequence[Target]) -> Mapping[str, Any]:
+        layers = super()._put(root, targets)
+        if not self.args.dropout:
+            for layer in layers.values():
+                fuse(layer)
+        return layers
 
     def _tensors(self, layer: Any) -> dict[str, nn.Parameter]:
         return {"lora_A.weight": layer.lora_A[NAME].weight, "lora_B.weight": layer.lora_B[NAME].weight}

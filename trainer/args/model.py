@@ -38,8 +38,10 @@ class ModelArgs(Section):
     gradient_checkpointing: bool = Field(
         False, description="compute the denoiser's layers again in the backward pass: less memory, more time"
     )
-    attention: Literal["sdpa", "xformers"] = Field(
-        "sdpa", description="what computes attention: torch, or xformers, which needs a GPU and is tried out first"
+    attention: Literal["auto", "sdpa", "xformers"] = Field(
+        "auto",
+        description="what computes attention: torch (sdpa), or xformers, which needs a GPU and is tried out first; "
+        "auto is torch, and on a CPU with bf16 two plain products, which are faster there",
     )
     packed: Literal["auto", "on", "off"] = Field(
         "auto",

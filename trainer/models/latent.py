@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trainer import schedulers
 from trainer.args import ModelArgs
 from trainer.models import original, parts, sniff, spelling
-from trainer.models.attention import use_xformers
+from trainer.models.attention import use_products, use_xformers
 from trainer.models.attention_maps import watched
 from trainer.models.clip_text import Tokens, fit, places
 from trainer.models.packed import pack
@@ -82,12 +82,22 @@ class LatentFamily:
         folders = {name: Path(args.base) / name.replace("text_encoder", "clip") for name in cls.towers}
         clips = {name: folder for name, folder in folders.items() if folder.is_dir()}
         family = cls(base, prediction=args.prediction, clip_folders=clips)
-        if args.gradient_checkpointing:
-            base.unet.enable_gradient_checkpointing()
-        if args.attention == "xformers":
-            use_xformers(base.unet)
-        pack(base.unet, args.packing, device)
+        family.arrange(args, device)
         return family
+
+    def arrange(self, args: ModelArgs, device: torch.device) -> None:
+        """How the UNet computes what it computes: for memory or for speed, as `args` say and `device` can.
+
+        Raises:
+            BaseModelError: `device` cannot.
+        """
+        if args.gradient_checkpointing:
+            self._unet.enable_gradient_checkpointing()
+        if args.attention == "xformers":
+            use_xformers(self._unet)
+        elif args.attention == "auto" and args.dtype == "bf16" and device.type == "cpu":
+            use_products(self._unet)
+        pack(self._unet, args.packing, device)
 
     def spellings(self, component: str, path: str) -> Sequence[str]:
         """Every name, without suffix, that a layer has in files of some program."""
@@ -133,7 +143,7 @@ class LatentFamily:
 
     def predict(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What the UNet predicts (`path.target`) at [B, C, H, W], in xt's dtype."""
-        dtype = self._unet.dtype
+        dtype = self._unet.conv_in.weight.dtype  # as its `dtype`, which looks at every module each time
         added = self._added(xt, cond)
         pred: Tensor = self._unet(xt.to(dtype), t, cond.hidden.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
         return pred.to(xt.dtype)

@@ -89,6 +89,14 @@ class PackedLinear(nn.Linear):
         x = _input(self, input)
         return super().forward(input) if x is None else cast(Tensor, _Linear.apply(x, self))
 
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of the input [..., in], from that of the output [..., out]."""
+        if grad.dtype != self.weight.dtype or not self.packed.fits(self.weight):
+            return grad @ self.weight
+        if self.packed.transposed is None:
+            self.packed.transposed = _ops()._reorder_linear_weight(self.weight.detach().t().contiguous(), _rows(grad))
+        return _ops()._linear_pointwise(grad.contiguous(), self.packed.transposed, None, "none", [], "")
+
 
 class PackedConv2d(nn.Conv2d):
     """A frozen Conv2d."""
@@ -113,10 +121,7 @@ class _Linear(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  the decorator hides the names of its arguments
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, None]:
-        layer, (grad,) = cast(PackedLinear, ctx.layer), grad_outputs
-        if layer.packed.transposed is None:
-            layer.packed.transposed = _ops()._reorder_linear_weight(layer.weight.detach().t().contiguous(), _rows(grad))
-        return _ops()._linear_pointwise(grad.contiguous(), layer.packed.transposed, None, "none", [], ""), None
+        return cast(PackedLinear, ctx.layer).input_gradient(grad_outputs[0]), None
 
 
 class _Conv2d(torch.autograd.Function):

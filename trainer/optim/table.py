@@ -36,6 +36,7 @@ _TORCH = {
     "adafactor": "torch.optim:Adafactor",
     "muon": "torch.optim:Muon",
 }
+_FUSED = ("adamw", "adam")  # with one operator for a whole update, also on CPUs
 _EIGHT_BIT = ("AdEMAMix", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop", "SGD")
 _PAGED = ("AdEMAMix", "Adam", "AdamW", "Lion")
 
@@ -138,6 +139,8 @@ def make(args: ComponentOptim, groups: list[dict[str, Any]], rules: Sequence[Rul
     _check_fits(args, groups, rules, where)
     if args.name == "prodigy-plus" and len(groups) == 1:
         settings.setdefault("split_groups", False)  # else it says by print that there is nothing to split
+    if args.name in _FUSED and not {*settings} & {"foreach", "differentiable"} and _on_cpu(groups):
+        settings.setdefault("fused", True)  # a seventh of the time for many small tensors; on GPUs torch chooses well
     decay = settings.pop("weight_decay", None) if args.name == "prodigy" else None  # its constructor prints
     try:
         optimizer: Any = factory(groups, **settings)
@@ -152,6 +155,10 @@ def make(args: ComponentOptim, groups: list[dict[str, Any]], rules: Sequence[Rul
     if isinstance(optimizer, HasAverages):
         optimizer.train()
     return optimizer
+
+
+def _on_cpu(groups: Sequence[Mapping[str, Any]]) -> bool:
+    return all(parameter.device.type == "cpu" for group in groups for _, parameter in group["params"])
 
 
 def _factory(name: str, where: str, *, code: bool) -> Any:
