@@ -1,5 +1,7 @@
 """The methods that bench.quality compares: options of train.py on top of the preset, by table and by name.
 
+`--pictures N` is the bench's own: how many pictures teach, in place of 10.
+
 In a table each method differs from the first, its reference, in what its name says. Adapters are compared without token
 rows, which would draw part of the concept for them; rates are those of the reference unless the name gives another.
 """
@@ -73,6 +75,14 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "300 steps": [],
         "100 steps": ["--runtime.steps", "100"],
         "1000 steps": ["--runtime.steps", "1000"],
+    },
+    "pictures": {
+        "10 pictures, 300 steps": [],
+        "10 pictures, 100 steps": ["--runtime.steps", "100"],
+        "4 pictures, 100 steps": ["--pictures", "4", "--runtime.steps", "100"],
+        "4 pictures, 300 steps": ["--pictures", "4"],
+        "25 pictures, 100 steps": ["--pictures", "25", "--runtime.steps", "100"],
+        "25 pictures, 300 steps": ["--pictures", "25"],
     },
     "questions": {
         "pivotal": [],

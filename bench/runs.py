@@ -25,6 +25,7 @@ from trainer.rundir import atomic_write
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench" / "results"
 WORK = ROOT / "bench" / "work"
+PICTURES = "--pictures"  # among a method's options: how many pictures teach, which is the bench's and not train.py's
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Job:
     def name(self) -> str:
         options = hashlib.sha256(json.dumps([self.preset, self.options]).encode()).hexdigest()[:10]
         return f"{self.concept}-{options}-{self.seed}"
+
+    @property
+    def pictures(self) -> int:
+        given = dict(zip(self.options, self.options[1:], strict=False))
+        return int(given.get(PICTURES, 10))
 
     @property
     def scores(self) -> Path:
@@ -99,7 +105,7 @@ def one(job: Job) -> dict[str, Any]:
     run, pictures = folder / job.name, folder / f"{job.name}.zip"
     shutil.rmtree(run, ignore_errors=True)  # of a bench that was stopped
     folder.mkdir(parents=True, exist_ok=True)
-    write_zip(pictures, job.concept)
+    write_zip(pictures, job.concept, job.pictures)
     began = time.monotonic()
     _python(*_command(job))
     seconds = time.monotonic() - began
@@ -121,10 +127,13 @@ def one(job: Job) -> dict[str, Any]:
 
 
 def _command(job: Job) -> list[str]:
-    folder = job.work / "runs"
+    folder, options = job.work / "runs", list(job.options)
+    if PICTURES in options:
+        at = options.index(PICTURES)
+        del options[at : at + 2]
     return [
         *("train.py", job.preset, str(folder / f"{job.name}.zip"), "--runtime.out", str(folder)),
-        *("--runtime.name", job.name, "--runtime.seed", str(job.seed), *job.options),
+        *("--runtime.name", job.name, "--runtime.seed", str(job.seed), *options),
     ]
 
 

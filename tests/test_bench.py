@@ -42,7 +42,11 @@ def test_methods_are_commands_that_train_py_understands(tmp_path: Path) -> None:
 
 
 def test_what_is_in_the_work_folder_is_not_made_again(tmp_path: Path) -> None:
+    few = runs.Job("cat", "presets/quickstart.json", ("--pictures", "4", "--adapter.rank", "4"), 0, tmp_path, None)
+    runs.check([few])  # train.py is not told
+    assert few.pictures == 4
     job = runs.Job("cat", "presets/quickstart.json", (), 0, tmp_path, None)
+    assert job.pictures == 10
     job.scores.write_text('{"concept": "cat", "seed": 0, "fidelity": 0.25}', encoding="utf-8")
     assert runs.work([job], 1)[job]["fidelity"] == 0.25
     other = runs.Job("cat", "presets/quickstart.json", ("--adapter.rank", "4"), 0, tmp_path, None)
