@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import sys
 
-from cog import BaseRunner, Input, Path
-
-from trainer import console
+from trainer import console, lean
 from trainer.predict_door import main
+
+if __name__ == "__main__":  # from the command line, nothing of Cog is needed
+    sys.exit(main())
+
+from cog import BaseRunner, Input, Path
 
 
 class Runner(BaseRunner):
     def setup(self, weights: Path | None = None) -> None:
         """`weights`: what training gave (Cog passes COG_WEIGHTS, a URL or a file); a request may bring its own."""
         console.hush_libraries(bars=False)  # before they are imported
+        lean.start()
         from trainer import serve_door
 
         self.loaded = serve_door.Loaded(str(weights) if weights else None)
@@ -98,7 +102,3 @@ class Runner(BaseRunner):
     def healthcheck(self) -> bool:
         """Whether the device still answers."""
         return self.loaded.healthy()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 
-from cog import BaseModel, Input, Path, Secret
-
-from trainer import console
+from trainer import console, lean
 from trainer.__main__ import main
+
+if __name__ == "__main__":  # from the command line, nothing of Cog is needed
+    sys.exit(main())
+
+from cog import BaseModel, Input, Path, Secret
 
 
 class TrainingOutput(BaseModel):
@@ -123,11 +126,8 @@ def train(
     """Trains on the pictures. `weights` is a tar with the files for the clients; `hub` says where they were pushed."""
     inputs = dict(locals())
     console.hush_libraries(bars=False)  # before they are imported
+    lean.start()
     from trainer import cog_door
 
     made = cog_door.train(inputs)
     return TrainingOutput(weights=Path(made.weights), hub=made.hub)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer", "trainer.args", "trainer.types", "trainer.path", "trainer.registry", "trainer.rundir", "trainer.seed",
      "trainer.cli", "trainer.console", "trainer.extras", "trainer.progress", "trainer.share", "trainer.ranks",
-     "trainer.view", "trainer.events", "trainer.updates", "trainer.lean",
+     "trainer.view", "trainer.events", "trainer.updates", "trainer.lean", "trainer.later",
      "trainer.schedulers", "trainer.cog_inputs",
      "trainer.cog_schema", "trainer.scratch", "trainer.cancel", "trainer.hub"),
     ("trainer.models", "trainer.adapters", "trainer.objectives", "trainer.optim", "trainer.dataset", "trainer.cache",

@@ -62,16 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(command: cli.Command, stop: _Stop, here: ranks.Ranks) -> int:
     console.hush_libraries(bars=here.first)
     lean.start()
-    from preprocess import PreprocessError  # after --help and the args: these imports take seconds
-    from trainer.checkpoint import CheckpointError
-    from trainer.dataset import DatasetError
-    from trainer.events import HookError
-    from trainer.export import ExportError
-    from trainer.hooks.checkpoints import Drifted
-    from trainer.loop import NonFiniteLoss
-    from trainer.optim.moved import NeverMoved
-    from trainer.run import RunError
-    from trainer.types import BaseModelError
+    with lean.importing():  # after --help and the args: these take seconds
+        from preprocess import PreprocessError
+        from trainer.checkpoint import CheckpointError
+        from trainer.dataset import DatasetError
+        from trainer.events import HookError
+        from trainer.export import ExportError
+        from trainer.hooks.checkpoints import Drifted
+        from trainer.loop import NonFiniteLoss
+        from trainer.optim.moved import NeverMoved
+        from trainer.run import RunError
+        from trainer.types import BaseModelError
 
     where = command.resume
 

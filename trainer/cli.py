@@ -6,6 +6,7 @@ Weakest first: defaults, --preset, the JSON file, flags. The environment is neve
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,6 +84,7 @@ def merge(layers: Sequence[Mapping[str, Any]]) -> Tree:
     return merged
 
 
+@functools.cache
 def options() -> dict[str, FieldInfo]:
     """Every option by its dotted name, in the order of the tree."""
     return dict(_leaves(TrainArgs))
@@ -90,10 +92,15 @@ def options() -> dict[str, FieldInfo]:
 
 def default_of(name: str) -> Any:
     """The value that the option has when nobody sets it."""
-    value: Any = TrainArgs.model_validate({"data": {"source": "x"}})
+    value: Any = _unset()
     for part in name.split("."):
         value = getattr(value, part)
     return value
+
+
+@functools.cache
+def _unset() -> TrainArgs:
+    return TrainArgs.model_validate({"data": {"source": "x"}})
 
 
 def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trainer import lean
+
 
 class PartError(ValueError):
     """A spec that names no part. The message says what was given and what is allowed."""
@@ -65,7 +67,8 @@ def _attribute(spec: str, kind: str) -> Any:
 
 def _from_name(where: str, kind: str) -> ModuleType:
     try:
-        return importlib.import_module(where)
+        with lean.importing():
+            return importlib.import_module(where)
     except ModuleNotFoundError as error:
         if error.name is not None and (where == error.name or where.startswith(error.name + ".")):
             raise PartError(f"{kind}: there is no module {where!r} on the Python path") from error

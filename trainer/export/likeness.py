@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from trainer import lean
+
 log = logging.getLogger(__name__)
 
 NEAR = 0.01  # of the sum of both cosines; what lies nearer together counts as equal
@@ -49,7 +51,8 @@ def measure(
     """
     from transformers import CLIPModel  # only this needs it
 
-    clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    with lean.undrawn():
+        clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     goal = F.normalize(_seen(clip, folder, pictures[:PICTURES]).mean(0, keepdim=True), dim=-1)
     words = _read(clip, tokenizer, prompts)
     found: dict[float, Likeness] = {}

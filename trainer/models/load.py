@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
+from trainer import lean
 from trainer.types import BaseModelError
 
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
@@ -91,7 +92,7 @@ def _from_hub(base: str, name: str, revision: str | None) -> Path:
 def part(kind: Any, base: str, name: str, revision: str | None, dtype: torch.dtype) -> Any:
     """One network of the base, every weight of it read from safetensors."""
     try:
-        with _no_bars():
+        with _no_bars(), lean.undrawn():
             loaded: Any = kind.from_pretrained(
                 base, subfolder=name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
