@@ -50,6 +50,17 @@ def test_optimizer_state_and_tensors_come_back_to_the_last_bit(tmp_path: Path) -
     assert new.optimizers["adapter"].param_groups[0]["d"] > 1e-6  # Prodigy's own estimate, a Python float
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_state_keeps_a_precision_that_is_not_its_parameters(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Which torch's own load_state_dict would turn to the parameter's."""
+    run, new = trained(), make_run(**BOTH)
+    kept = next(iter(run.optimizers["rows"].state.values()))
+    kept["exp_avg"] = kept["exp_avg"].to(dtype) / 3
+    save(tmp_path / "step_000003", 3, run.adapters, run.optimizers, "abc")
+    load(tmp_path / "step_000003", new.adapters, new.optimizers, "abc")
+    assert same(new.optimizers["rows"].state_dict(), run.optimizers["rows"].state_dict())
+
+
 def test_the_files_are_safetensors_and_json_only(tmp_path: Path) -> None:
     run = trained()
     path = save(tmp_path / "step_000003", 3, run.adapters, run.optimizers)

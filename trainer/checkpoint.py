@@ -140,6 +140,18 @@ def _load_optimizer(path: Path, component: str, optimizer: Optimizer) -> None:
     if names != [group.get("param_names") for group in optimizer.param_groups]:
         raise CheckpointError(f"{path} holds the optimizer of other parameters than this run's {component}")
     optimizer.load_state_dict(saved)
+    _as_saved(optimizer, saved["state"])
+
+
+def _as_saved(optimizer: Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
+    """Gives tensors of the state the precision that they had: torch turns them to that of their parameter, and what
+    an optimizer rounds after each step it would then round no more."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in saved.items():
+        state = optimizer.state[parameters[int(number)]]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and state[name].dtype != value.dtype:
+                state[name] = value.to(state[name].device)
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], at: str = "") -> Any:
