@@ -111,4 +111,11 @@ TABLES: dict[str, dict[str, list[str]]] = {
             *("--data.mode", "object", "--data.class_words", "shape"),
         ],
     },
+    "savings": {
+        "fp32 base": [],
+        "bf16 base": ["--model.dtype", "bf16"],
+        "int8 base": ["--model.quantise", "int8"],
+        "bf16 and int8 base": ["--model.dtype", "bf16", "--model.quantise", "int8"],
+        "gradient checkpointing": ["--model.gradient_checkpointing"],
+    },
 }

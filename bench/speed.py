@@ -34,6 +34,16 @@ ALONE = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE":
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
 FULL = {"size": "full", "resolution": 256, "batch": 1, "pictures": 2}
 
+PLAIN = {"packed": "off"}
+SAVINGS: dict[str, tuple[str, dict[str, object]]] = {  # what is shown -> model.dtype, and the rest of the section
+    "fp32": ("fp32", PLAIN),
+    "bf16": ("bf16", PLAIN),
+    "bf16, packed": ("bf16", {"packed": "on"}),
+    "bf16, gradient checkpointing": ("bf16", {**PLAIN, "gradient_checkpointing": True}),
+    "bf16, int8": ("bf16", {"quantise": "int8"}),
+    "bf16, int8, gradient checkpointing": ("bf16", {"quantise": "int8", "gradient_checkpointing": True}),
+}
+
 
 class MeasureError(RuntimeError):
     """A measured process ended badly."""
@@ -67,12 +77,14 @@ def main() -> int:
     return 0
 
 
+# As a run's own process, which puts imports off: memory is compared, too.
+STEPPING = "from trainer import lean; lean.start(); from bench import stepping; stepping.main()"
 CASE = ("family", "size", "dtype", "what", "model", "resolution", "batch", "rank", "rounds")
 
 
 def stepped(**case: Any) -> Figures:
     """Figures of one case, measured in a process of its own."""
-    return json.loads(_run([sys.executable, "-m", "bench.stepping", json.dumps(case)])[0].splitlines()[-1])
+    return json.loads(_run([sys.executable, "-c", STEPPING, json.dumps(case)])[0].splitlines()[-1])
 
 
 def _run(command: Sequence[str]) -> tuple[str, float, float, int]:
@@ -95,13 +107,19 @@ def tiny(args: argparse.Namespace) -> Figures:
 
 
 def full(args: argparse.Namespace) -> Figures:
-    """A step of Stable Diffusion 1.5's full size, and what it holds in memory."""
+    """A step of Stable Diffusion 1.5's full size."""
     rounds = 2 if args.quick else 7
-    cases = [stepped(**FULL, dtype=dtype, rounds=rounds) for dtype in (["bf16"] if args.quick else ["bf16", "fp32"])]
-    if args.quick:
-        return {"cases": cases}
-    memory = {what: stepped(**FULL, dtype="bf16", what=what) for what in ("memory", "bare memory")}
-    return {"cases": cases, "memory": memory}
+    dtypes = ["bf16"] if args.quick else ["bf16", "fp32"]
+    return {"cases": [stepped(**FULL, dtype=dtype, rounds=rounds) for dtype in dtypes]}
+
+
+def savings(args: argparse.Namespace) -> Figures:
+    """What training at that size holds in memory, and a step's time, with each option that saves some."""
+    ways = {name: SAVINGS[name] for name in (["bf16"] if args.quick else SAVINGS)}
+    return {
+        name: stepped(**FULL, what="memory", rounds=1 if args.quick else 3, dtype=dtype, model=json.dumps(model))
+        for name, (dtype, model) in ways.items()
+    }
 
 
 def jobs(args: argparse.Namespace) -> Figures:
@@ -162,7 +180,7 @@ def growth(args: argparse.Namespace) -> Figures:
     return grown
 
 
-PARTS = {"tiny": tiny, "full": full, "jobs": jobs, "parts": parts, "growth": growth}
+PARTS = {"tiny": tiny, "full": full, "savings": savings, "jobs": jobs, "parts": parts, "growth": growth}
 
 
 def machine() -> Figures:

@@ -1,6 +1,6 @@
 """What a training step costs, in one process: the trainer's loop, its bare denoiser, and the plain script, in turns.
 
-python -m bench.stepping CASE, a `Case` as JSON, prints its figures as JSON. bench.speed starts one for each case, so
+`main` prints the figures of the `Case` that the command line gives as JSON. bench.speed starts a process for each, so
 that each has its own memory.
 """
 
@@ -23,7 +23,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import measuring, plain
+from bench import measuring
 from bench.measuring import Figures
 from trainer import export, sampler
 from trainer.args import TrainArgs
@@ -49,7 +49,7 @@ class Case:
     rank: int = 8
     dtype: str = "fp32"
     rounds: int = 5
-    what: str = "steps"  # or "memory", "bare memory", "job", "pictures", "length"
+    what: str = "steps"  # or "memory", "work", "pictures", "length"
     pictures: int = 4
     model: str = "{}"  # further options of the section model, as JSON
 
@@ -60,7 +60,6 @@ def main() -> None:
     kinds: dict[str, Callable[[Case], Figures]] = {
         "steps": steps,
         "memory": memory,
-        "bare memory": bare_memory,
         "work": work,
         "pictures": data,
         "length": length,
@@ -132,29 +131,33 @@ def flop(once: Callable[[], object]) -> int:
 
 
 def memory(case: Case) -> Figures:
-    """Peak of a process that trains three updates, beside the weights' own bytes."""
+    """What training holds: the peak until the first step and over the steps, weights, and a bare step's own share.
+
+    The last is the peak of the bare step less what is there when it is over, without freed memory that the C library
+    keeps.
+    """
     with _session(case) as session:
-        going = trainer(session.run)
-        for _ in range(3):
-            going()
-        family = session.run.family
+        prepared = measuring.memory()[1]
+        measuring.forget_peak()
+        found = measuring.interleaved({"trainer": trainer(session.run)}, case.rounds)
+        peak = measuring.memory()[1]
+        once, family = bare(session.run), session.run.family
+        once()
+        measuring.forget_peak()
+        before = measuring.memory()[0]
+        once()
         weights = {
             "denoiser": _mib(family.denoiser),
             "vae": _mib(family.vae),
             "text": sum(_mib(tower) for tower in family.text_encoders.values()),
         }
-        return {"peak_mib": measuring.memory()[1], "weights_mib": weights}
-
-
-def bare_memory(case: Case) -> Figures:
-    """What a bare step holds above what was there before it."""
-    with _session(case) as session:
-        once = bare(session.run)
-        measuring.forget_peak()
-        before = measuring.memory()[0]
-        for _ in range(2):
-            once()
-        return {"activations_mib": measuring.memory()[1] - before, "before_mib": before}
+        return {
+            "ways": found,
+            "prepared_mib": prepared,
+            "peak_mib": max(prepared, peak),
+            "weights_mib": weights,
+            "activations_mib": measuring.memory()[1] - before,
+        }
 
 
 def work(case: Case) -> Figures:
@@ -248,6 +251,8 @@ def _session(case: Case) -> Generator[Session]:
 
 def _plain(session: Session, case: Case, *, cached: bool) -> Any:
     """The plain script around the same frozen weights, which are not held twice."""
+    from bench import plain  # which imports more than a run does
+
     family: Any = session.run.family
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(family.denoiser.config)
@@ -268,14 +273,12 @@ def _plain(session: Session, case: Case, *, cached: bool) -> Any:
     )
 
 
-def _forgetting(script: plain.Plain, latents: torch.Tensor, hidden: torch.Tensor) -> None:
+def _forgetting(script: Any, latents: torch.Tensor, hidden: torch.Tensor) -> None:
     script.backward(latents, hidden)
     script.optimizer.zero_grad()
 
 
 def _mib(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad) // 2**20
-
-
-if __name__ == "__main__":
-    main()
+    """Of its frozen tensors."""
+    frozen = [*(p for p in module.parameters() if not p.requires_grad), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in frozen) // 2**20
