@@ -105,6 +105,8 @@ def test_what_trains_is_not_rounded_and_what_is_rounded_is_not_packed() -> None:
     assert [type(layer) for layer in model] == [nn.Linear, QuantisedLinear, nn.Conv2d]
     pack(model, "on", CPU)
     assert type(model[1]) is QuantisedLinear
+    assert ModelArgs.model_validate({}).packing == "auto"
+    assert ModelArgs.model_validate({"quantise": "int8"}).packing == "off"
 
 
 def test_another_weight_cannot_be_assigned() -> None:
