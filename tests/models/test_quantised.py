@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainer import cli, generate, registry, run
 from trainer.adapters import ADAPTERS
+from trainer.adapters.lora import LoRA
 from trainer.args import AdapterArgs, ModelArgs
 from trainer.models import FAMILIES, sniff
 from trainer.models.latent import LatentFamily
@@ -208,6 +209,20 @@ def test_adapters_get_nearly_the_gradients_of_the_float_base(tiny_base: Path, ki
     together = [torch.cat([grads[name].flatten() for name in right]) for grads in found]
     assert (together[1] - together[0]).norm() / together[0].norm() < 0.05
     assert not torch.equal(*together)
+
+
+def test_a_lora_keeps_no_float_weight_for_the_backward_pass(tiny_base: Path) -> None:
+    family = load(tiny_base)
+    family.quantise()
+    floats = [layer.weight for layer in family.denoiser.modules() if isinstance(layer, QuantisedLinear)]
+    LoRA(AdapterArgs.model_validate({"rank": 2}), 0).attach(family)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        family.predict(*asked(family)).square().sum().backward()
+    shapes = {tuple(weight.shape) for weight in floats}
+    flat = [t if tuple(t.shape) in shapes else t.t() for t in kept if t.ndim == 2 and t.is_floating_point()]
+    assert kept
+    assert not [t for t in flat for weight in floats if t.shape == weight.shape and torch.equal(t, weight)]
 
 
 # --- runs
