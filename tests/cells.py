@@ -167,7 +167,7 @@ HEAD = """\
 
 Made by `python tests/cells.py` of the rows that `tests/test_matrix.py` runs; a test fails where the two differ.
 
-Each row is a run of two updates on a tiny random base, and the same run stopped after one, saved and loaded into
+Each row is a run of three updates on a tiny random base, and the same run stopped after one, saved and loaded into
 parts made anew: losses, all trained tensors and what the optimizers remember are equal to the last bit, and every
 component has moved. Not the whole product is run, which grows with every part: any two values of base, adapter,
 objective and optimizer meet in a row.

@@ -184,3 +184,19 @@ whole = later.ran(sys.modules[{package!r}])
 print(later.waits(whole), isinstance(3, {used[package]}) if isinstance({used[package]}, (type, later.Named)) else False)
 """
     assert ran(code).split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "2"), ("TEMPERA_LEAN", "0")])
+def test_launched_processes_and_who_asks_for_it_have_torch_whole(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    code = """
+from trainer import lean, later
+lean.start()
+import torch._dynamo, torch.distributed.tensor
+import transformers
+from transformers.utils import is_torch_distributed_available as asked
+print(*(later.waits(sys.modules[name]) for name in ("torch._dynamo", "torch.distributed.tensor")), asked())
+"""
+    assert ran(code).split() == ["False", "False", "True"]

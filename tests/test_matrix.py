@@ -1,4 +1,4 @@
-"""Family x adapter x objective x optimizer: two steps, and the same two with a save and a load between.
+"""Family x adapter x objective x optimizer: three steps, and the same three with a save and a load between.
 
 Not the whole product, which grows with every part: any two parts meet in at least one row of tests/cells.py.
 """
@@ -146,12 +146,12 @@ def make_run(
         adapters=adapters,
         components=components,
         optimizers={name: build(sections[name], components[name], scales.get(name)) for name in components},
-        lr={name: Rates(sections[name], 2, component=name) for name in components},
+        lr={name: Rates(sections[name], 3, component=name) for name in components},
         dataset=make_dataset(family),
         objective=registry.load(OBJECTIVES, args.kind, "objective")(args, family.path, frozen(family, adapters)),
         encode=family.encode,
         hooks=(),
-        steps=2,
+        steps=3,
         accumulate=2,
         max_grad_norm=dict.fromkeys(components, 1.0),
         seed=0,
@@ -195,7 +195,7 @@ def leave(run: Run) -> None:
     indirect=["family"],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_two_steps_equal_one_saved_and_one_resumed(
+def test_three_steps_equal_one_saved_and_two_resumed(
     family: ModelFamily, dtype: str, adapter: str, objective: str, optimizer: str, tmp_path: Path
 ) -> None:
     def new() -> Run:
@@ -241,7 +241,7 @@ def test_everything_that_an_objective_can_do_resumes_for_every_target(
 ) -> None:
     path = FlowPath.shifted(shift=3.0) if target == "flow_prediction" else NoisePath(sd_alphas(), target)
     monkeypatch.setattr(family, "path", path)
-    test_two_steps_equal_one_saved_and_one_resumed(family, "fp32", "pivotal", "everything", "adamw", tmp_path)
+    test_three_steps_equal_one_saved_and_two_resumed(family, "fp32", "pivotal", "everything", "adamw", tmp_path)
     terms = {"raw", "weighted", "prior", "prior_weighted", "outside", "outside_weighted", "penalty"}
     run = make_run(family, make_adapters(ADAPTER["pivotal"]), EVERYTHING, OPTIMIZER["adamw"], "fp32")
     step = next(train(run))

@@ -1,6 +1,7 @@
 """A quick start: keeps diffusers, transformers and PEFT from importing what a run may never use, which takes seconds.
 
 For doors, before torch and those are imported. What is put off loads when it is first used; nothing else changes.
+TEMPERA_LEAN=0 in the environment turns all of it off, to see whether it is to blame for something.
 """
 
 from __future__ import annotations
@@ -48,8 +49,18 @@ TRANSFORMERS: Mapping[str, str] = {  # what is asked of the package on the way t
 def start() -> None:
     """What a door does before it imports torch."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at every barrier stop each other
-    with importing():
-        imports()
+    if os.environ.get("TEMPERA_LEAN") != "0":
+        with importing():
+            imports()
+
+
+def modest() -> bool:
+    """Whether this is one process on a machine without an NVIDIA GPU.
+
+    Elsewhere torch's compiler and what spreads tensors over processes may be used, and seconds at the start are nothing
+    beside reading a large base: they are imported as ever.
+    """
+    return not os.path.exists("/proc/driver/nvidia") and os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 @contextmanager
@@ -93,9 +104,10 @@ def imports() -> None:
     for name in LATER:
         put_off(name)
     put_off("bitsandbytes.nn", known={name: named(name) for name in ("Linear8bitLt", "Linear4bit")})  # PEFT asks
-    if "torch._dynamo" not in sys.modules:
-        _compiler()
-    put_off("torch.distributed.tensor", known={"DTensor": named("DTensor")})
+    if modest():
+        if "torch._dynamo" not in sys.modules:
+            _compiler()
+        put_off("torch.distributed.tensor", known={"DTensor": named("DTensor")})
     if "transformers" not in sys.modules:
         for name in INSIDE:
             put_off(name, inside=True)
@@ -187,7 +199,7 @@ def _nested(module: Later) -> Callable[[Any], bool]:
 def _transformers() -> None:
     """Puts off the package's own list of its names, for which it reads a thousand files, and what it never does here.
 
-    It has models of its own spread over processes, which Tempera never asks for: as if torch could not.
+    It spreads models of its own over processes, which Tempera never asks for: in one process, as if torch could not.
     """
     if importlib.util.find_spec("transformers") is None:
         return
@@ -199,7 +211,8 @@ def _transformers() -> None:
     put_off("transformers", inside=True, known={"__version__": lambda _: metadata.version("transformers"), **known})
     utils: Any = importlib.import_module("transformers.utils")
     asked: Any = importlib.import_module("transformers.utils.import_utils")
-    utils.is_torch_distributed_available = asked.is_torch_distributed_available = lambda: False
+    if modest():
+        utils.is_torch_distributed_available = asked.is_torch_distributed_available = lambda: False
     utils.direct_transformers_import = _itself
     if importlib.util.find_spec("scipy") is not None:
         with _absent("scipy"):
