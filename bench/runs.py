@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from testbed.concepts import CONCEPTS, training_scenes, unseen_scenes
 from trainer import cli, console
 from trainer.rundir import atomic_write
 
@@ -133,8 +134,18 @@ def _command(job: Job) -> list[str]:
         del options[at : at + 2]
     return [
         *("train.py", job.preset, str(folder / f"{job.name}.zip"), "--runtime.out", str(folder)),
-        *("--runtime.name", job.name, "--runtime.seed", str(job.seed), *options),
+        *("--runtime.name", job.name, "--runtime.seed", str(job.seed), *_prompts(job.concept), *options),
     ]
+
+
+def _prompts(name: str) -> list[str]:
+    """What is drawn on the way: in the preset's prompts the trigger is a thing's name, which fills and styles are not."""
+    concept = CONCEPTS[name]
+    if concept.kind == "shape":
+        return []
+    scenes = unseen_scenes(concept, 4, 5, training_scenes(concept, 10, 5))
+    drawn = [concept.prompt(scene) for scene in scenes] + ["a green star on a yellow background"]
+    return ["--sample.prompts", json.dumps(drawn)]
 
 
 def _python(*command: str) -> None:

@@ -56,8 +56,9 @@ FIDELITY = {0: 0.0, 1: 0.3, 2: 0.9, 3: 0.5, 4: 0.4}
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second look is the best."""
 
-    def figures(self: Best, run: Run) -> dict[str, float]:
-        return {"fidelity": FIDELITY[len(self._found) + 1], "alignment": 1.0, "retention": 1.0}
+    def figures(self: Best, run: Run) -> dict[str, Tensor]:
+        values = {"fidelity": FIDELITY[len(self._found) + 1], "alignment": 1.0, "retention": 1.0}
+        return {name: torch.full((2,), value) for name, value in values.items()}
 
     monkeypatch.setattr(Best, "_figures", figures)
 
@@ -82,8 +83,9 @@ def test_the_best_is_exported_and_the_run_goes_on_from_its_last(
     chosen = json.loads(session.dir.choice.read_text(encoding="utf-8"))
     assert chosen["best"] == 2
     assert [look["score"] for look in chosen["looks"]] == pytest.approx(
-        [statistics.harmonic_mean([FIDELITY[n], 1, 1]) for n in (1, 2, 3, 4)]
+        [statistics.harmonic_mean([FIDELITY[n], 1, 1]) for n in (1, 2, 3, 4)], abs=1e-4
     )
+    assert chosen["sure"] == 1
     assert "step 2, the best by hooks.best" in session.dir.report.read_text(encoding="utf-8")
 
 
@@ -153,7 +155,32 @@ def test_figures_are_what_the_hook_says_of_pictures_and_texts(
         "alignment": (concept @ text[0]).mean() / max((reference["drawn"] @ text[0]).mean(), 1e-3),
         "retention": F.cosine_similarity(ordinary, reference["ordinary"]).mean(),
     }
-    assert figures == {name: pytest.approx(min(1, max(0, float(value))), abs=2e-4) for name, value in want.items()}
+    assert {name: float(each.mean()) for name, each in figures.items()} == pytest.approx(
+        {name: float(value) for name, value in want.items()}, abs=2e-4
+    )
+    assert [len(each) for each in figures.values()] == [2, 2, 2]
+
+
+def test_a_checkpoint_that_is_not_surely_better_is_not_exported(
+    tiny_base: Path, tiny_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second look has the higher mean, by one picture of four; in a third of all draws that one is missing."""
+    looks = {2: [0.4, 0.4, 0.4, 0.9]}
+
+    def figures(self: Best, run: Run) -> dict[str, Tensor]:
+        fidelity = looks.get(len(self._found) + 1, [0.45] * 4)
+        return {"fidelity": torch.tensor(fidelity), "alignment": torch.ones(4), "retention": torch.ones(3)}
+
+    monkeypatch.setattr(Best, "_figures", figures)
+    with run.opened(args(tiny_base, tiny_pictures, tmp_path)) as session:
+        list(session.steps())
+    chosen = json.loads(session.dir.choice.read_text(encoding="utf-8"))
+    assert max(chosen["looks"], key=lambda look: look["score"])["step"] == 2
+    assert chosen["sure"] == pytest.approx(1 - (3 / 4) ** 4, abs=0.05)
+    assert chosen["best"] == 4
+    fourth = safetensors.torch.load_file(session.dir.checkpoint(4) / "adapter.safetensors")
+    ups = sorted(tensor.flatten().tolist() for name, tensor in exported(session).items() if "lora_up" in name)
+    assert ups == sorted(t.flatten().tolist() for name, t in fourth.items() if "lora_B" in name)
 
 
 def test_what_it_cannot_judge_is_refused(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> None:

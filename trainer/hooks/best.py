@@ -1,10 +1,13 @@
-"""The best of the checkpoints is exported, as a CLIP sees pictures that are drawn at each: not always the last."""
+"""The best of the checkpoints is exported, as a CLIP sees pictures that are drawn at each, if it is surely the better.
+
+A few pictures say little, and their score goes up and down: an earlier checkpoint must beat the last one in SURE of
+RESAMPLES draws of the same pictures (a paired bootstrap), or the last is exported.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import statistics
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -29,11 +32,12 @@ from trainer.types import BaseModelError
 log = logging.getLogger(__name__)
 
 FIGURES = ("fidelity", "alignment", "retention")
+RESAMPLES, SURE = 1000, 0.95
 WITHOUT = 1e-3  # a figure below this counts as this: a harmonic mean with 0 in it would hide the others
 
 
 class Best(Hook):
-    """What is measured of a checkpoint, each in 0..1, and joined by the harmonic mean:
+    """What is measured of a checkpoint: means over pictures, each in 0..1, joined by the harmonic mean.
 
     - fidelity: how far pictures of the trigger have come on the way from what the base drew for the same prompts to the
       training pictures themselves, in cosines to the training pictures' mean feature.
@@ -65,6 +69,7 @@ class Best(Hook):
         self._reference: dict[str, Tensor] = {}
         self._best: dict[str, Tensor] = {}
         self._found: list[dict[str, float]] = []
+        self._each: dict[str, Tensor] = {}  # figure -> [looks, pictures], in float64
 
     def on_start(self, run: Run) -> None:
         self._clip = Clip(self.options, run)
@@ -86,32 +91,51 @@ class Best(Hook):
 
     def _look(self, run: Run, step: int) -> None:
         with presented(run, "samples"):
-            figures = self._figures(run)
-            score = statistics.harmonic_mean([max(WITHOUT, value) for value in figures.values()])
+            figures = {name: values.double() for name, values in self._figures(run).items()}
+            score = round(float(joined([values.mean() for values in figures.values()])), 4)
             if not self._best or score > max(found["score"] for found in self._found):
                 self._best = copied(run)
-        self._found.append({"step": step, **figures, "score": score})
-        chosen = max(self._found, key=lambda found: found["score"])
-        atomic_write(self.context.dir.choice, json.dumps({"best": chosen["step"], "looks": self._found}, indent=2))
-        said = ", ".join(f"{name} {figures[name]:.2f}" for name in FIGURES)
-        log.info("step %d: %s; the best so far is step %d", step, said, chosen["step"])
+        for name, values in figures.items():
+            self._each[name] = torch.cat([self._each.get(name, values[None][:0]), values[None]])
+        means = {name: round(float(values.mean().clamp(0, 1)), 4) for name, values in figures.items()}
+        self._found.append({"step": step, **means, "score": score})
+        chosen, sure = self._choice()
+        found = {"best": chosen["step"], "sure": sure, "looks": self._found}
+        atomic_write(self.context.dir.choice, json.dumps(found, indent=2))
+        said = ", ".join(f"{name} {means[name]:.2f}" for name in FIGURES)
+        log.info("step %d: %s; step %d would be exported", step, said, chosen["step"])
 
-    def _figures(self, run: Run) -> dict[str, float]:
+    def _choice(self) -> tuple[dict[str, float], float]:
+        """The look that is exported, the best or the last; and in which share of draws the best is the better."""
+        scores = [found["score"] for found in self._found]
+        best, last = scores.index(max(scores)), len(scores) - 1
+        generator = torch.Generator().manual_seed(0)
+        drawn = {len(each[0]): torch.empty(0) for each in self._each.values()}
+        for count in drawn:  # both figures of the trigger's pictures are of the same ones
+            drawn[count] = torch.randint(count, (RESAMPLES, count), generator=generator)
+        of = [
+            joined([each[look][drawn[len(each[look])]].mean(1) for each in self._each.values()])
+            for look in (best, last)
+        ]
+        sure = float((of[0] > of[1]).double().mean())
+        return self._found[best if sure >= SURE else last], round(sure, 4)
+
+    def _figures(self, run: Run) -> dict[str, Tensor]:
+        """Of each picture, [pictures of the trigger] or [ordinary ones]; only the means are kept in 0..1."""
         centre = F.normalize(self._reference["own"].mean(0, keepdim=True), dim=-1)
 
-        def near(features: Tensor) -> float:
-            return float((features @ centre.T).mean())
+        def near(features: Tensor) -> Tensor:
+            return (features @ centre.T)[:, 0]
 
         drawn = self._drawn(run, self.prompts)
-        least, most = near(self._reference["drawn"]), near(self._reference["own"])
+        least, most = float(near(self._reference["drawn"]).mean()), float(near(self._reference["own"]).mean())
         texts = self._clip.texts(self.plain).repeat_interleave(self.options.pictures, 0)
         before = float((self._reference["drawn"] * texts).sum(1).mean())
-        values = {
+        return {
             "fidelity": (near(drawn) - least) / max(most - least, WITHOUT),
-            "alignment": float((drawn * texts).sum(1).mean()) / max(before, WITHOUT),
-            "retention": float((self._drawn(run, self.ordinary) * self._reference["ordinary"]).sum(1).mean()),
+            "alignment": (drawn * texts).sum(1) / max(before, WITHOUT),
+            "retention": (self._drawn(run, self.ordinary) * self._reference["ordinary"]).sum(1),
         }
-        return {name: round(min(1.0, max(0.0, value)), 4) for name, value in values.items()}
 
     def _drawn(self, run: Run, prompts: Sequence[str]) -> Tensor:
         """[n, P]: unit features of the pictures of each prompt, with the seeds of the sample grid."""
@@ -127,12 +151,23 @@ class Best(Hook):
         )
 
     def presented(self, run: Run, purpose: Purpose) -> AbstractContextManager[None]:
-        return self._chosen(run) if purpose == "export" and self._best else nullcontext()
+        return self._chosen(run) if purpose == "export" and self._found else nullcontext()
 
     @contextmanager
     def _chosen(self, run: Run) -> Generator[None]:
-        chosen = max(self._found, key=lambda found: found["score"])
-        log.info("exported is step %d of %d, the best of %d", chosen["step"], run.steps, len(self._found))
+        chosen, sure = self._choice()
+        steps, looks = run.steps, len(self._found)
+        if chosen is self._found[-1]:
+            log.info("exported is the last of %d checkpoints: none is surely better", looks)
+            yield
+            return
+        log.info(
+            "exported is step %d of %d, the best of %d, better in %.0f %% of draws",
+            chosen["step"],
+            steps,
+            looks,
+            100 * sure,
+        )
         with replaced(run, self._best):
             yield
 
@@ -142,7 +177,8 @@ class Best(Hook):
         rows = [[found[name] for name in ("step", *FIGURES, "score")] for found in self._found]
         table = {"found": torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(FIGURES) + 2)}
         kept = {f"reference.{name}": tensor for name, tensor in self._reference.items()}
-        return {**table, **kept, **{f"best.{name}": tensor for name, tensor in self._best.items()}}
+        each = {f"each.{name}": values for name, values in self._each.items()}
+        return {**table, **each, **kept, **{f"best.{name}": tensor for name, tensor in self._best.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         rows: list[list[float]] = state["found"].tolist()
@@ -151,8 +187,13 @@ class Best(Hook):
         ]
         for key, tensor in state.items():
             of, _, name = key.partition(".")
-            if of in ("reference", "best"):
-                (self._reference if of == "reference" else self._best)[name] = tensor
+            if of != "found":
+                {"reference": self._reference, "best": self._best, "each": self._each}[of][name] = tensor
+
+
+def joined(figures: Sequence[Tensor]) -> Tensor:
+    """The harmonic mean of figures, each put into 0..1 first. Any shape, the same for all."""
+    return len(figures) / torch.stack([1 / figure.clamp(WITHOUT, 1.0) for figure in figures]).sum(0)
 
 
 class Clip:
