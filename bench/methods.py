@@ -93,7 +93,6 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "condition noise 0.1": ["--objective.noise.condition", "0.1"],
         "rank 4": ["--adapter.rank", "4"],
         "rank 32": ["--adapter.rank", "32"],
-        "attention": ["--adapter.targets", "attention"],
         "attention and ff": ["--adapter.targets", "attention+ff"],
     },
     "checkpoint": {

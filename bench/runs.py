@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -83,7 +84,7 @@ def work(jobs: Sequence[Job], at_once: int) -> dict[Job, dict[str, Any]]:
 def check(jobs: Sequence[Job]) -> None:
     """CommandError for options that train.py does not know."""
     for job in jobs:
-        cli.parse(_command(job)[1:])
+        cli.parse(_command(job, job.work)[1:])
 
 
 def scored(job: Job, runner: Callable[[Job], Mapping[str, Any]] | None = None) -> Mapping[str, Any]:
@@ -102,33 +103,30 @@ def one(job: Job) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     console.hush_libraries()
-    folder = job.work / "runs"
-    run, pictures = folder / job.name, folder / f"{job.name}.zip"
-    shutil.rmtree(run, ignore_errors=True)  # of a bench that was stopped
-    folder.mkdir(parents=True, exist_ok=True)
-    write_zip(pictures, job.concept, job.pictures)
-    began = time.monotonic()
-    _python(*_command(job))
-    seconds = time.monotonic() - began
-    scores = score_run(run, job.concept).rows()
-    result = {
-        "concept": job.concept,
-        "seed": job.seed,
-        "train_process_s": round(seconds, 1),
-        **{k: round(v, 4) for k, v in scores.items()},
-    }
-    if job.file:
-        result["kept"] = json.loads((run / job.file).read_text(encoding="utf-8"))
-    atomic_write(job.scores, json.dumps(result))
-    if job.keep:
-        shutil.copytree(run, job.keep / job.name)
-    shutil.rmtree(run)
-    pictures.unlink()
+    (job.work / "runs").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{job.name}-", dir=job.work / "runs") as own:  # two may make the same run
+        run, pictures = Path(own) / job.name, Path(own) / f"{job.name}.zip"
+        write_zip(pictures, job.concept, job.pictures)
+        began = time.monotonic()
+        _python(*_command(job, Path(own)))
+        seconds = time.monotonic() - began
+        scores = score_run(run, job.concept).rows()
+        result = {
+            "concept": job.concept,
+            "seed": job.seed,
+            "train_process_s": round(seconds, 1),
+            **{k: round(v, 4) for k, v in scores.items()},
+        }
+        if job.file:
+            result["kept"] = json.loads((run / job.file).read_text(encoding="utf-8"))
+        atomic_write(job.scores, json.dumps(result))
+        if job.keep:
+            shutil.copytree(run, job.keep / job.name)
     return result
 
 
-def _command(job: Job) -> list[str]:
-    folder, options = job.work / "runs", list(job.options)
+def _command(job: Job, folder: Path) -> list[str]:
+    options = list(job.options)
     if PICTURES in options:
         at = options.index(PICTURES)
         del options[at : at + 2]
@@ -139,7 +137,7 @@ def _command(job: Job) -> list[str]:
 
 
 def _prompts(name: str) -> list[str]:
-    """What is drawn on the way: in the preset's prompts the trigger is a thing's name, which fills and styles are not."""
+    """What is drawn on the way: in the preset's prompts the trigger names a thing, which fills and styles are not."""
     concept = CONCEPTS[name]
     if concept.kind == "shape":
         return []

@@ -39,6 +39,7 @@ SAVINGS: dict[str, tuple[str, dict[str, object]]] = {  # what is shown -> model.
     "fp32": ("fp32", PLAIN),
     "bf16": ("bf16", PLAIN),
     "bf16, packed": ("bf16", {"packed": "on"}),
+    "bf16, packed, attention sdpa": ("bf16", {"packed": "on", "attention": "sdpa"}),
     "bf16, gradient checkpointing": ("bf16", {**PLAIN, "gradient_checkpointing": True}),
     "bf16, int8": ("bf16", {"quantise": "int8"}),
     "bf16, int8, gradient checkpointing": ("bf16", {"quantise": "int8", "gradient_checkpointing": True}),
@@ -154,6 +155,7 @@ def _commands(folder: Path, turn: int) -> dict[str, list[str]]:
         return [sys.executable, "train.py", *more, *own, "--hooks.extra", json.dumps([clock])]
 
     few = ["--data.source", pictures, "--sample.steps", "1", "--sample.prompts", "a TOK", "--runtime.threads", "1"]
+    few += ["--adapter.targets", "attention"]
     return {
         "trainer": trained("trainer", *few),
         "plain, cached": [*script, str(folder / f"c{turn}"), "--cached"],
