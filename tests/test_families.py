@@ -75,7 +75,8 @@ def test_diffusers_loads_sdxl_loras_exactly(tiny_sdxl: Path, tmp_path: Path, fil
     live, pipe = unet_output(family.denoiser), fresh(tiny_sdxl)
     pipe.load_lora_weights(tmp_path, weight_name=file)
     assert (live - plain).abs().max() > 0.1
-    torch.testing.assert_close(unet_output(pipe.unet), live, rtol=1e-5, atol=5e-5)
+    # both round: against double precision live is off by 7e-5, PEFT's own forward pass by 1.5e-4
+    torch.testing.assert_close(unet_output(pipe.unet), live, rtol=1e-5, atol=3e-4)
 
 
 def test_sdxl_loras_are_in_the_names_of_the_first_release(tiny_sdxl: Path, tmp_path: Path) -> None:
