@@ -49,7 +49,7 @@ def targets(results: Figures) -> str:
             [
                 what,
                 goal,
-                *((NOT_YET, "") if found is None else (f"{found:.3g}", "reached" if found <= most else "missed")),
+                *((NOT_YET, "") if found is None else (f"{found:.3f}", "reached" if found <= most else "missed")),
             ]
             for what, goal, found, most in rows
         ],
