@@ -39,11 +39,11 @@ def results(trainer: float) -> dict[str, Any]:
 
 def test_targets_are_reached_or_missed() -> None:
     good, bad = (speed_tables.targets(results(trainer)) for trainer in (1.02, 1.9))
-    assert "| 1.03 | 1.02 | reached |" in good
-    assert "| 0.65 | 0.51 | reached |" in good
-    assert "| 0.45 | 0.26 | reached |" in good
-    assert "| 0.65 | 0.95 | missed |" in bad
-    assert "| 0.45 | 0.47 | missed |" in bad
+    assert "| 1.03 | 1.020 | reached |" in good
+    assert "| 0.65 | 0.510 | reached |" in good
+    assert "| 0.45 | 0.255 | reached |" in good
+    assert "| 0.65 | 0.950 | missed |" in bad
+    assert "| 0.45 | 0.475 | missed |" in bad
     assert good.count(speed_tables.NOT_YET) == 2
 
 
