@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel
 
+from trainer import sampler
 from trainer.adapters.similarity import mean_picture_feature
-from trainer.adapters.textual_inversion import TextualInversion
+from trainer.adapters.textual_inversion import Concept, TextualInversion
 from trainer.args import ModelArgs, TextArgs
 from trainer.models.sd15 import SD15
+from trainer.models.sdxl import SDXL
 from trainer.types import BaseModelError
 
 CPU = torch.device("cpu")
@@ -104,6 +106,22 @@ def test_rows_keep_the_dtype_of_the_base_outside(tiny_base: Path) -> None:
     inversion = attached(half)
     assert inversion.rows()["text_encoder"].dtype == torch.float32
     assert half.encode(["a TOK"]).hidden.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("base", "kind"), [("tiny_base", SD15), ("tiny_sdxl", SDXL)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_base_in_half_precision_draws_with_rows_in_full(
+    base: str, kind: type[SD15 | SDXL], dtype: str, request: pytest.FixtureRequest
+) -> None:
+    """diffusers gives a prompt's states the precision of the text encoder's first parameter."""
+    family = kind.load(ModelArgs.model_validate({"base": str(request.getfixturevalue(base)), "dtype": dtype}), CPU)
+    before = {key: tower.dtype for key, tower in family.text_encoders.items()}
+    adapter = TextualInversion(TextArgs(tokens=2), [Concept("TOK")], 0)
+    rows = adapter.attach(family)
+    assert {parameter.dtype for _, parameter in rows} == {torch.float32}
+    assert {key: tower.dtype for key, tower in family.text_encoders.items()} == before
+    (picture,) = sampler.generate(family, ["a TOK"], seeds=[0], steps=1, guidance=2.0)
+    assert picture.getextrema() != ((0, 0),) * 3
 
 
 def test_random_start_has_the_tables_std_and_follows_the_seed(family: SD15) -> None:

@@ -23,8 +23,13 @@ class RowEmbedding(nn.Module):
     def __init__(self, table: nn.Embedding, rows: Tensor) -> None:
         super().__init__()
         self.table = table
-        self.rows = nn.Parameter(rows)
+        self.own = nn.ParameterList([rows])  # behind the table: a model's dtype is that of its first parameter
         self.vocab = table.num_embeddings
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """[n, D], trained; in another precision than the table's, as it may be."""
+        return self.own[0]
 
     @property
     def weight(self) -> Tensor:
