@@ -2,7 +2,8 @@
 
 Trains every method of the chosen tables (bench/methods.py) on every concept with every seed, scores each run from its
 exported files, and writes one JSON with every single figure, the means and the spread. A run whose scores are in the
-work folder is not made again, so that a bench that was stopped goes on.
+work folder is not made again, so that a bench that was stopped goes on; nor is one of an earlier bench, of which the
+results are given.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from scipy import stats
 
 from bench.methods import TABLES
-from bench.runs import OUT, WORK, Job, before, machine, work
+from bench.runs import OUT, WORK, Job, adopt, before, machine, work
 from trainer import console
 from trainer.rundir import atomic_write
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="*", help="only these of the tables")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a thread each")
     parser.add_argument("--work", type=Path, default=WORK, help="what finished runs scored")
+    parser.add_argument("--known", type=Path, nargs="*", default=[], help="results whose runs are not made again")
     parser.add_argument("--keep", type=Path, help="folder that gets a copy of every run")
     parser.add_argument("--out", type=Path, default=OUT / "quality.json")
     parser.add_argument(
@@ -64,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := sorted(set(args.methods or ()) - known):
         parser.error(f"no table of {', '.join(args.tables)} has {', '.join(unknown)}; they have {', '.join(known)}")
     args.work.mkdir(parents=True, exist_ok=True)
+    for results in args.known:
+        adopt(results, args.work.resolve())
     chosen = {
         table: {name: options for name, options in TABLES[table].items() if not args.methods or name in args.methods}
         for table in args.tables

@@ -81,6 +81,19 @@ def work(jobs: Sequence[Job], at_once: int) -> dict[Job, dict[str, Any]]:
     return done
 
 
+def adopt(results: Path, folder: Path) -> None:
+    """Puts the runs of an earlier bench into the work folder, as if they had been made there.
+
+    Which run it was, its concept, preset, options and seed say; not the code, nor what stands in the preset.
+    """
+    told = json.loads(results.read_text(encoding="utf-8"))
+    for method in (method for table in told["tables"].values() for method in table.values()):
+        for run in method["runs"]:
+            job = Job(run["concept"], told["preset"], tuple(method["options"]), run["seed"], folder, None)
+            if not job.scores.exists():
+                atomic_write(job.scores, json.dumps({key: value for key, value in run.items() if key != "overall"}))
+
+
 def check(jobs: Sequence[Job]) -> None:
     """CommandError for options that train.py does not know."""
     for job in jobs:
