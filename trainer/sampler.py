@@ -199,11 +199,11 @@ def _telling(drawn: Callable[[int], object], total: int) -> Callable[[Any, int, 
 
 @contextmanager
 def _borrowed(family: ModelFamily) -> Generator[None]:
-    """Everything in eval mode inside; modes and random states put back after."""
+    """Everything awake and in eval mode inside; modes and random states put back after."""
     roots = (family.denoiser, family.vae, *family.text_encoders.values())
     training = [module for root in roots for module in root.modules() if module.training]
     device = next(family.denoiser.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with family.awake(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for module in training:
             module.training = False
         try:

@@ -5,7 +5,7 @@ Shapes: B pictures, C latent channels, H W latent height and width, L tokens, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +168,18 @@ class ModelFamily(Protocol):
         ...
 
     def pipeline(self, task: Task = "text", scheduler: str | None = None) -> Any:
-        """A stock diffusers pipeline around the live modules, with a scheduler of `trainer.schedulers`."""
+        """A stock diffusers pipeline around the live modules, with a scheduler of `trainer.schedulers`.
+
+        They must be `awake` when it draws.
+        """
+        ...
+
+    def rest(self, names: Collection[str]) -> None:
+        """Keeps these parts out of the device's memory until they are used; all others rest no longer."""
+        ...
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Inside, all parts are where a pipeline needs them."""
         ...
 
     def fingerprint(self, part: str) -> str:

@@ -81,7 +81,7 @@ def test_other_cases_are_torchs(fused: list[int], monkeypatch: pytest.MonkeyPatc
     assert len(fused) == 4
     narrow(x.bfloat16())
     assert len(fused) == 4
-    monkeypatch.setattr(attention, "LARGEST", 39)
+    monkeypatch.setattr(attention, "PAIRS", 40 * 40)
     narrow(x.bfloat16())
     assert len(fused) == 5
 

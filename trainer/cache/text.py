@@ -37,6 +37,7 @@ class TextCache:
             for name, encoder in family.text_encoders.items()
         }
         self._shards = Shards(folder)
+        self.whole = False  # whether all that will be asked for is there
         self._conds: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # longest unused first
         self._bytes = 0
 
@@ -46,7 +47,7 @@ class TextCache:
         return Cond(**{part: torch.cat([row[part] for row in rows]) for part in rows[0]})
 
     def prepare(self, captions: Iterable[str], share: Share = ALONE) -> None:
-        """Encode what is missing of them, and write it down.
+        """Encode what is missing of them, and write it down. Others are not expected from here on.
 
         Args:
             share: of several processes that all call this: each encodes its part.
@@ -60,6 +61,7 @@ class TextCache:
         self.flush()
         share.barrier()
         self._shards.scan()
+        self.whole = True
 
     def flush(self) -> None:
         """Write down what was encoded since the last shard was full."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.types import BaseModelError
 
 TOLERANCE = 2e-2  # of values about 1; half precision differs by less
-LARGEST = 2048  # tokens up to which products are the faster way; they hold heads x N x M numbers
+PAIRS = 2**20  # of tokens, N x M, from which torch's kernel is as fast; products hold one number a pair and head
 
 
 def use_products(unet: Any) -> None:
@@ -31,9 +31,9 @@ def _plain(layer: Attention) -> bool:
 class Products:
     """softmax(q k^T / sqrt(width)) v as two products and a softmax, in bfloat16.
 
-    A CPU's fused kernel goes through float32 there, which takes up to three times as long where there are few tokens.
-    Here the softmax, too, is rounded to bfloat16: errors of 0.5 % where the kernel's are 0.2 %. Other precisions, masks
-    and long sequences are left to torch.
+    A CPU's fused kernel goes through float32 there, which takes up to four times as long where there are few tokens on
+    one side. Here the softmax, too, is rounded to bfloat16: errors of 0.5 % where the kernel's are 0.2 %. Other
+    precisions, masks and PAIRS or more are left to torch.
     """
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ class Products:
         """hidden_states [B, N, C], encoder_hidden_states [B, M, E] -> [B, N, C]; names are diffusers'."""
         seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
-        long = max(hidden_states.shape[1], seen.shape[1]) > LARGEST
-        if attention_mask is not None or long or precision != torch.bfloat16 or hidden_states.device.type != "cpu":
+        many = hidden_states.shape[1] * seen.shape[1] >= PAIRS
+        if attention_mask is not None or many or precision != torch.bfloat16 or hidden_states.device.type != "cpu":
             return self._torch(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         layers: Any = attn  # diffusers says little of their types
         query, key, value = (

@@ -6,7 +6,7 @@ Shapes: B pictures, C latent channels, H W latent height and width, L tokens, D 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,6 +23,7 @@ from trainer.models.clip_text import Tokens, fit, places
 from trainer.models.packed import pack
 from trainer.models.parts import Parts
 from trainer.models.quantised import quantise
+from trainer.models.resting import Resting
 from trainer.models.weights import Weights
 from trainer.path import NoisePath
 from trainer.types import BaseModelError, ClientNames, Cond, Task
@@ -64,6 +65,7 @@ class LatentFamily:
         self._tokens = Tokens()
         modules = {"denoiser": self.denoiser, "vae": self.vae, **self.text_encoders}
         self._tensors = {name: module.state_dict(keep_vars=True) for name, module in modules.items()}
+        self._resting = Resting(modules)
         self._own_tokenizers = dict(self.tokenizers)
         self._weights = self._remember_weights()
 
@@ -113,7 +115,8 @@ class LatentFamily:
         """What the stock pipeline makes of the prompts, one row for each caption."""
         prompts = [self.expand(caption) for caption in captions]
         unique = list(dict.fromkeys(prompts))
-        cond = self._encode(unique)
+        with self._resting.awake(*self.text_encoders):
+            cond = self._encode(unique)
         if len(unique) == len(prompts):
             return cond
         place = {prompt: i for i, prompt in enumerate(unique)}
@@ -137,7 +140,7 @@ class LatentFamily:
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """[B, 3, h, w] in -1..1 -> scaled posterior means [B, C, H, W], float32."""
-        with self._wide_vae():
+        with self._resting.awake("vae"), self._wide_vae():
             posterior = self._vae.encode(pixels.to(self._vae.device, self._vae.dtype)).latent_dist
         return posterior.mean.float() * self._vae.config.scaling_factor
 
@@ -149,7 +152,7 @@ class LatentFamily:
         return pred.to(xt.dtype)
 
     def pipeline(self, task: Task = "text", scheduler: str | None = None) -> Any:
-        """A stock diffusers pipeline around the live modules.
+        """A stock diffusers pipeline around the live modules, which must be `awake` when it draws.
 
         Args:
             scheduler: of `trainer.schedulers` [default: the base's own].
@@ -172,6 +175,17 @@ class LatentFamily:
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def rest(self, names: Collection[str]) -> None:
+        """Keeps these parts ("vae", "denoiser", text encoders) out of the device's memory until they are used.
+
+        What encodes wakes them itself; who takes a `pipeline` has them `awake`. What is not named rests no longer.
+        """
+        self._resting.rest(names)
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Inside, all parts are where a pipeline needs them."""
+        return self._resting.awake()
 
     def fingerprint(self, part: str) -> str:
         """Hex digest of weights and config of "vae", "denoiser" or a text encoder (with its tokenizer).
@@ -263,11 +277,13 @@ class LatentFamily:
         if narrow == torch.float32 or not self._vae.config.get("force_upcast"):
             yield
             return
+        own = {name: parameter.data for name, parameter in self._vae.named_parameters()}
         nn.Module.to(self._vae, torch.float32)  # its own `to` warns each time, of nothing
         try:
             yield
         finally:
-            nn.Module.to(self._vae, narrow)
+            for name, parameter in self._vae.named_parameters():
+                parameter.data = own[name]
 
     def _check_parts(self) -> None:
         """Refuses parts that do not fit one another."""

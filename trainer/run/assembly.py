@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from trainer import concepts, export, material, mixture, optim
+from trainer import cache, concepts, export, material, mixture, optim
 from trainer.args import TrainArgs
 from trainer.dataset import Item
 from trainer.engine import Engine
@@ -84,6 +84,12 @@ def assembled(
         encode_base=_base_encoder(args, family, adapters),
         watch=watch,
     )
+
+
+def idle(run: Run) -> list[str]:
+    """The parts of the base that no update needs: captions that were encoded before are not encoded in one."""
+    cached = isinstance(run.encode, cache.TextCache) and run.encode.whole and run.encode_base is None
+    return ["vae", *(run.family.text_encoders if cached else ())]
 
 
 def _scales(adapter: Adapter, named: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from trainer.hooks.checkpoints import digest, fixed
 from trainer.models import sniff
 from trainer.optim import moved
 from trainer.ranks import Ranks, RanksError
-from trainer.run.assembly import assembled
+from trainer.run.assembly import assembled, idle
 from trainer.run.error import RunError
 from trainer.run.parts import Parts, check_names, chosen, layered
 from trainer.run.resolving import resolve
@@ -160,6 +160,7 @@ def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engi
         for hook in hooks:
             undo.callback(hook.close)
         run = assembled(context, family, engine, items, parts, hooks)
+        family.rest(idle(run))  # before the denoiser's weights are read, which stay
         if here.first:
             environment.record(run_dir.env, family, engine.device, start, here.processes)
         here.barrier()
@@ -213,6 +214,7 @@ def _closing(session: Session) -> Generator[None]:
             session.run.encode.flush()
         for adapter in reversed(session.run.adapters):
             adapter.detach()
+        session.run.family.rest(())
 
 
 def _json(tree: Mapping[str, Any]) -> str:
