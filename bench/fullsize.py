@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTokenizer
 
@@ -22,6 +23,7 @@ from trainer.models.parts import Parts, tokenizer_of
 from trainer.models.skeleton import PUBLISHED
 
 _F = TypeVar("_F", bound=LatentFamily)
+BASE = "testbed/base"  # lends its tokenizer
 LENGTH = 77  # tokens of a prompt
 SEED = 0
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -53,6 +55,19 @@ class SDXL(sdxl.SDXL):
     @classmethod
     def load(cls, args: ModelArgs, device: torch.device) -> Self:
         return _arranged(cls(_parts(args, device, cls, SDXL_SIZES["unet"], TOWERS_XL, 0.13025)), args, device)
+
+
+def written(kind: type[LatentFamily], dtype: str, folder: Path) -> None:
+    """The same as a diffusers folder, which is read as people's bases are: mapped from its files.
+
+    Args:
+        kind: SD15 or SDXL.
+    """
+    family = kind.load(ModelArgs.model_validate({"base": BASE, "dtype": dtype, "packed": "off"}), torch.device("cpu"))
+    folder.mkdir(parents=True)
+    family.save_settings(folder)
+    for name, tensors in family.folder(family.tensors()).items():
+        save_file(tensors, folder / name, {"format": "pt"})
 
 
 def _arranged(family: _F, args: ModelArgs, device: torch.device) -> _F:

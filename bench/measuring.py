@@ -1,4 +1,4 @@
-"""How speed is measured: CPU time of this process, in turns, medians and quartiles; and how fast the machine can be."""
+"""How speed is measured: seconds of a CPU or GPU, in turns, medians and quartiles; and how fast the machine can be."""
 
 from __future__ import annotations
 
@@ -18,69 +18,113 @@ Figures = dict[str, Any]
 Ways = Mapping[str, Callable[[], object]]
 
 
-def interleaved(ways: Ways, rounds: int, *, warm: int = 1) -> dict[str, Figures]:
-    """Each way once a round, so that what slows the machine slows all of them; the first rounds only warm up."""
-    cpu: dict[str, list[float]] = {name: [] for name in ways}
+def interleaved(ways: Ways, rounds: int, *, warm: int = 1, device: str = "cpu") -> dict[str, Figures]:
+    """Each way once a round, so that what slows the machine slows all of them; the first rounds only warm up.
+
+    Of a GPU the seconds are those until it has done all that it was given.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in ways}
     wall: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(warm + rounds):
         for name, once in ways.items():
+            _wait(device)
             began, at = time.process_time(), time.perf_counter()
             once()
+            _wait(device)
             if turn >= warm:
-                cpu[name].append(time.process_time() - began)
                 wall[name].append(time.perf_counter() - at)
-    return {name: {**spread(cpu[name]), "wall_s": _rounded(statistics.median(wall[name]))} for name in ways}
+                spent[name].append(time.process_time() - began if device == "cpu" else wall[name][-1])
+    return {name: {**spread(spent[name], device), "wall_s": _rounded(statistics.median(wall[name]))} for name in ways}
 
 
-def spread(values: list[float]) -> Figures:
-    """Median and quartiles of CPU seconds."""
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def spread(values: list[float], device: str = "cpu") -> Figures:
+    """Median and quartiles of seconds, which say whose they are."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"cpu_s": _rounded(middle), "quartiles": [_rounded(low), _rounded(high)], "rounds": len(values)}
+    of = "cpu_s" if device == "cpu" else "gpu_s"
+    return {of: _rounded(middle), "quartiles": [_rounded(low), _rounded(high)], "rounds": len(values)}
+
+
+def seconds(figures: Figures) -> float:
+    """The median, whosever seconds they are."""
+    return figures["cpu_s"] if "cpu_s" in figures else figures["gpu_s"]
 
 
 def ratio(figures: Mapping[str, Figures], of: str, to: str) -> float:
-    return round(figures[of]["cpu_s"] / figures[to]["cpu_s"], 3)
+    return round(seconds(figures[of]) / seconds(figures[to]), 3)
 
 
-def rates(dtype: torch.dtype, repeats: int = 3) -> dict[str, float]:
-    """Thousand million floating-point operations a CPU second of single large kernels, each at its best."""
+def rates(dtype: torch.dtype, repeats: int = 3, device: str = "cpu") -> dict[str, float]:
+    """Thousand million floating-point operations a second of single large kernels, each at its best.
+
+    Those of a GPU are larger: it needs more at once to be busy.
+    """
     found: dict[str, float] = {}
+    wider = 1 if device == "cpu" else 4
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
     for m, k, n in ((2048, 2048, 2048), (1024, 1280, 5120), (4096, 640, 2560)):
-        a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-        found[f"linear {m}x{k}x{n}"] = _best(lambda a=a, b=b: F.linear(a, b), 2 * m * k * n, repeats)
+        m, k, n = wider * m, wider * k, wider * n
+        a, b = drawn(m, k), drawn(n, k)
+        work = 2 * m * k * n
+        found[f"linear {m}x{k}x{n}"] = _best(lambda a=a, b=b: F.linear(a, b), work, repeats, device)
     for channels, side in ((320, 64), (640, 32)):
-        x, w = torch.randn(1, channels, side, side).to(dtype), torch.randn(channels, channels, 3, 3).to(dtype)
-        work = 2 * 9 * channels**2 * side**2
-        found[f"conv 3x3 {channels}x{side}x{side}"] = _best(lambda x=x, w=w: F.conv2d(x, w, padding=1), work, repeats)
+        x, w = drawn(wider, channels, side, side), drawn(channels, channels, 3, 3)
+        work = wider * 2 * 9 * channels**2 * side**2
+        name = f"conv 3x3 {channels}x{side}x{side}" + (f", batch {wider}" if wider > 1 else "")
+        found[name] = _best(lambda x=x, w=w: F.conv2d(x, w, padding=1), work, repeats, device)
     return found
 
 
 @torch.no_grad()
-def _best(kernel: Callable[[], object], work: float, repeats: int) -> float:
+def _best(kernel: Callable[[], object], work: float, repeats: int, device: str) -> float:
+    clock = time.process_time if device == "cpu" else time.perf_counter
     kernel()
     took: list[float] = []
     for _ in range(repeats):
-        began = time.process_time()
+        _wait(device)
+        began = clock()
         kernel()
-        took.append(time.process_time() - began)
+        _wait(device)
+        took.append(clock() - began)
     return round(work / min(took) / 1e9, 1)
 
 
-def memory() -> tuple[int, int]:
-    """(now, peak) MiB of this process in RAM; zeros where the system does not tell."""
+class Memory:
+    """MiB of this process in RAM, or of a GPU by torch; zeros where the system does not tell."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._gpu = device == "cuda"
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated() // 2**20 if self._gpu else _status("VmRSS")
+
+    def peak(self) -> int:
+        """The most since the process began, or since `forget`."""
+        return torch.cuda.max_memory_allocated() // 2**20 if self._gpu else _status("VmHWM")
+
+    def forget(self) -> None:
+        """Gives freed memory back to the system; from here on the peak is counted anew. Where the system can."""
+        if self._gpu:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        refs = Path("/proc/self/clear_refs")
+        if refs.exists():
+            refs.write_text("5", encoding="utf-8")
+
+
+def _status(name: str) -> int:
     status = Path("/proc/self/status")
-    text = status.read_text(encoding="utf-8") if status.exists() else ""
-    now, peak = (re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE) for name in ("VmRSS", "VmHWM"))
-    return (int(now[1]) // 1024, int(peak[1]) // 1024) if now and peak else (0, 0)
-
-
-def forget_peak() -> None:
-    """Gives freed memory back to the system; from here on the peak is counted anew. Where the system can."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    refs = Path("/proc/self/clear_refs")
-    if refs.exists():
-        refs.write_text("5", encoding="utf-8")
+    found = re.search(rf"^{name}:\s+(\d+) kB", status.read_text("utf-8"), re.MULTILINE) if status.exists() else None
+    return int(found[1]) // 1024 if found else 0
 
 
 def _rounded(value: float) -> float:

@@ -1,7 +1,8 @@
 """How fast training is, against a plain script and against the machine's limit: python -m bench.speed [--quick].
 
-Every figure is CPU time of one thread, with ways that are compared taking turns in one process. Writes
-bench/results/speed.json; `python -m bench.tables` makes the tables of docs/benchmarks.md from it.
+Every figure is CPU time of one thread, or a GPU's until it is done, with ways that are compared taking turns in one
+process. The part gpu is left out where there is none. Writes bench/results/speed.json; `python -m bench.tables` makes
+the tables of docs/benchmarks.md from it.
 A single case: python -m bench.speed --size full --resolution 256 --batch 1 --dtype bf16.
 """
 
@@ -44,6 +45,8 @@ SAVINGS: dict[str, tuple[str, dict[str, object]]] = {  # what is shown -> model.
     "bf16, int8": ("bf16", {"quantise": "int8"}),
     "bf16, int8, gradient checkpointing": ("bf16", {"quantise": "int8", "gradient_checkpointing": True}),
 }
+LARGE = {"family": "sdxl", "size": "full", "resolution": 1024, "dtype": "bf16", "device": "cuda", "pictures": 4}
+LEAST = {"quantise": "int8", "gradient_checkpointing": True}
 
 
 class MeasureError(RuntimeError):
@@ -57,8 +60,8 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=10000, help="largest dataset of the part growth")
     parser.add_argument("--out", type=Path, help="[default: bench/results/speed.json; --quick and single cases: none]")
     case = parser.add_argument_group("a single case, shown and not written")
-    for name, kind in (("family", str), ("size", str), ("dtype", str), ("what", str), ("model", str)):
-        case.add_argument(f"--{name}", type=kind)
+    for name in ("family", "size", "dtype", "what", "model", "device"):
+        case.add_argument(f"--{name}")
     for name in ("resolution", "batch", "rank", "rounds"):
         case.add_argument(f"--{name}", type=int)
     args = parser.parse_args()
@@ -68,7 +71,7 @@ def main() -> int:
         return 0
     out: Path | None = args.out or (None if args.quick else OUT)
     results: Figures = json.loads(out.read_text(encoding="utf-8")) if args.only and out and out.exists() else {}
-    for name in tqdm(args.only or PARTS, unit="part"):
+    for name in tqdm(args.only or [part for part in PARTS if part != "gpu" or _has_gpu()], unit="part"):
         results[name] = PARTS[name](args) | {"made": machine()}
         if out:
             atomic_write(out, json.dumps(results, indent=1) + "\n")
@@ -80,7 +83,7 @@ def main() -> int:
 
 # As a run's own process, which puts imports off: memory is compared, too.
 STEPPING = "from trainer import lean; lean.start(); from bench import stepping; stepping.main()"
-CASE = ("family", "size", "dtype", "what", "model", "resolution", "batch", "rank", "rounds")
+CASE = ("family", "size", "dtype", "what", "model", "device", "resolution", "batch", "rank", "rounds")
 
 
 def stepped(**case: Any) -> Figures:
@@ -115,12 +118,29 @@ def full(args: argparse.Namespace) -> Figures:
 
 
 def savings(args: argparse.Namespace) -> Figures:
-    """What training at that size holds in memory, and a step's time, with each option that saves some."""
+    """What training at that size holds in memory, and a step's time, with each option that saves some.
+
+    The base is read from a folder, as people's are.
+    """
     ways = {name: SAVINGS[name] for name in (["bf16"] if args.quick else SAVINGS)}
-    return {
-        name: stepped(**FULL, what="memory", rounds=1 if args.quick else 3, dtype=dtype, model=json.dumps(model))
-        for name, (dtype, model) in ways.items()
-    }
+    more = {"what": "memory", "rounds": 1 if args.quick else 3}
+    found: Figures = {}
+    for dtype in dict.fromkeys(dtype for dtype, _ in ways.values()):
+        with tempfile.TemporaryDirectory() as scratch:
+            base = f"{scratch}/sd15"
+            write = "from pathlib import Path; from bench import fullsize as f; "
+            _run([sys.executable, "-c", f"{write}f.written(f.SD15, {dtype!r}, Path({base!r}))"])
+            for name, (own, model) in ways.items():
+                if own == dtype:
+                    found[name] = stepped(**FULL, **more, dtype=dtype, model=json.dumps({**model, "base": base}))
+                    del found[name]["model"]  # which names a folder that is gone
+    return found
+
+
+def exact(args: argparse.Namespace) -> Figures:
+    """How far gradients are from those in double precision, with plain and with packed weights."""
+    case = {"what": "gradients", "batch": 1, **({} if args.quick else FULL)}
+    return {"cases": [stepped(**case, dtype=dtype) for dtype in (["fp32"] if args.quick else ["fp32", "bf16"])]}
 
 
 def jobs(args: argparse.Namespace) -> Figures:
@@ -182,7 +202,32 @@ def growth(args: argparse.Namespace) -> Figures:
     return grown
 
 
-PARTS = {"tiny": tiny, "full": full, "savings": savings, "jobs": jobs, "parts": parts, "growth": growth}
+def gpu(args: argparse.Namespace) -> Figures:
+    """Stable Diffusion XL's full size on a GPU: a step against what the GPU can do, and the least memory of a step."""
+    rounds = 3 if args.quick else 10
+    step = {**LARGE, "batch": 4, "rounds": rounds}
+    return {
+        "name": _run([sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"])[0].strip(),
+        "plain": stepped(**step),
+        "compiled": stepped(**step, model=json.dumps({"compile": "blocks"})),
+        "least": stepped(**LARGE, batch=1, rounds=rounds, what="memory", model=json.dumps(LEAST)),
+    }
+
+
+def _has_gpu() -> bool:
+    return _run([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"])[0].strip() == "True"
+
+
+PARTS = {
+    "tiny": tiny,
+    "full": full,
+    "exact": exact,
+    "savings": savings,
+    "jobs": jobs,
+    "parts": parts,
+    "growth": growth,
+    "gpu": gpu,
+}
 
 
 def machine() -> Figures:

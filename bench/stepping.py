@@ -7,11 +7,12 @@ that each has its own memory.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from trainer import export, sampler
 from trainer.args import TrainArgs
 from trainer.console import hush_libraries
 from trainer.loop import Run, train
-from trainer.models.packed import PackedConv2d, PackedLinear
+from trainer.models.packed import PackedConv2d, PackedLinear, pack
 from trainer.run import Session, opened
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,9 +50,10 @@ class Case:
     rank: int = 8
     dtype: str = "fp32"
     rounds: int = 5
-    what: str = "steps"  # or "memory", "work", "pictures", "length"
+    what: str = "steps"  # or "memory", "work", "pictures", "length", "gradients"
     pictures: int = 4
     model: str = "{}"  # further options of the section model, as JSON
+    device: str = "cpu"  # or "cuda"
 
 
 def main() -> None:
@@ -63,16 +65,17 @@ def main() -> None:
         "work": work,
         "pictures": data,
         "length": length,
+        "gradients": gradients,
     }
     print(json.dumps({**asdict(case), **kinds[case.what](case)}))
 
 
 def steps(case: Case) -> Figures:
-    """CPU seconds a step of each way, in turns; FLOP of a step and the best rates of the machine meanwhile."""
+    """Seconds a step of each way, in turns; FLOP of a step and the best rates of the machine meanwhile."""
     with _session(case) as session:
         run = session.run
         ways: dict[str, Callable[[], object]] = {"trainer": trainer(run), "bare": bare(run)}
-        if case.family == "sd15":
+        if case.family == "sd15" and case.device == "cpu":
             scripts = [_plain(session, case, cached=cached) for cached in (True, False)]
             latents, hidden = (tensor.repeat(case.batch, *[1] * (tensor.ndim - 1)) for tensor in scripts[0].cache[0])
             ways |= {
@@ -80,19 +83,21 @@ def steps(case: Case) -> Figures:
                 "plain, cached": scripts[0].step,
                 "plain": scripts[1].step,
             }
-        rates = [measuring.rates(run.family.denoiser.dtype)]  # pyright: ignore[reportArgumentType]
-        found = measuring.interleaved(ways, case.rounds)
-        rates.append(measuring.rates(run.family.denoiser.dtype))  # pyright: ignore[reportArgumentType]
+        denoiser: Any = run.family.denoiser
+        rates = [measuring.rates(denoiser.dtype, device=case.device)]
+        found = measuring.interleaved(ways, case.rounds, device=case.device)
+        rates.append(measuring.rates(denoiser.dtype, device=case.device))
         best = {name: max(rate[name] for rate in rates) for name in rates[0]}
-        work = flop(ways.get("plain, bare", ways["bare"]))  # packed operators are not counted
+        with torch.compiler.set_stance("force_eager"):  # what is compiled is not counted
+            work = flop(ways.get("plain, bare", ways["bare"]))  # nor are packed operators
         bound = work / 1e9 / max(best.values())
         return {
             "ways": found,
-            "images_per_s": {name: round(case.batch / figures["cpu_s"], 3) for name, figures in found.items()},
+            "images_per_s": {name: round(case.batch / measuring.seconds(of), 3) for name, of in found.items()},
             "gflop": round(work / 1e9, 2),
             "gflop_per_s": best,
             "bound_s": float(f"{bound:.4g}"),
-            "peak_mib": measuring.memory()[1],
+            "peak_mib": measuring.Memory(case.device).peak(),
             "packed": sum(isinstance(m, PackedLinear | PackedConv2d) for m in run.family.denoiser.modules()),
         }
 
@@ -105,17 +110,18 @@ def trainer(run: Run) -> Callable[[], object]:
 
 def bare(run: Run) -> Callable[[], object]:
     """The denoiser forward and backward on the first batch's tensors, with the run's adapters, and nothing else."""
-    samples = run.dataset.micro(0)
+    samples, device = run.dataset.micro(0), run.engine.device
     with torch.no_grad():
         cond = replace(run.encode(samples.captions), sizes=samples.sizes)
     generator = torch.Generator().manual_seed(0)
-    eps = torch.randn(samples.latents.shape, generator=generator)
-    t = torch.randint(0, 1000, (len(eps),), generator=generator)
+    latents = samples.latents.to(device)
+    eps = torch.randn(latents.shape, generator=generator).to(device)
+    t = torch.randint(0, 1000, (len(eps),), generator=generator).to(device)
     trained = [parameter for named in run.components.values() for _, parameter in named]
 
     def once() -> None:
         with run.engine.autocast():
-            loss = F.mse_loss(run.family.predict(samples.latents, t, cond), eps)
+            loss = F.mse_loss(run.family.predict(latents, t, cond), eps)
         run.engine.backward(loss)
         for parameter in trained:
             parameter.grad = None
@@ -134,17 +140,18 @@ def memory(case: Case) -> Figures:
     """What training holds: the peak until the first step and over the steps, weights, and a bare step's own share.
 
     The last is the peak of the bare step less what is there when it is over, without freed memory that the C library
-    keeps.
+    keeps. Of a GPU it is what torch has of its memory.
     """
+    meter = measuring.Memory(case.device)
     with _session(case) as session:
-        prepared = measuring.memory()[1]
-        measuring.forget_peak()
-        found = measuring.interleaved({"trainer": trainer(session.run)}, case.rounds)
-        peak = measuring.memory()[1]
+        prepared = meter.peak()
+        meter.forget()
+        found = measuring.interleaved({"trainer": trainer(session.run)}, case.rounds, device=case.device)
+        peak = meter.peak()
         once, family = bare(session.run), session.run.family
         once()
-        measuring.forget_peak()
-        before = measuring.memory()[0]
+        meter.forget()
+        before = meter.now()
         once()
         weights = {
             "denoiser": _mib(family.denoiser),
@@ -156,8 +163,60 @@ def memory(case: Case) -> Figures:
             "prepared_mib": prepared,
             "peak_mib": max(prepared, peak),
             "weights_mib": weights,
-            "activations_mib": measuring.memory()[1] - before,
+            "activations_mib": meter.peak() - before,
         }
+
+
+def gradients(case: Case) -> Figures:
+    """How far a LoRA's gradients are from those in double precision, with the base's weights plain and packed.
+
+    Errors are those of a tensor's norm, by tensor; both matrices of every LoRA are random, so that each has a gradient.
+    """
+    with _session(replace(case, model=json.dumps({**json.loads(case.model), "packed": "off"}))) as session:
+        run, unet = session.run, session.run.family.denoiser
+        generator = torch.Generator().manual_seed(1)
+        named = [pair for each in run.components.values() for pair in each]
+        with torch.no_grad():
+            for _, parameter in named:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+        samples = run.dataset.micro(0)
+        with torch.no_grad():
+            cond = run.encode(samples.captions)
+        eps = torch.randn(samples.latents.shape, generator=generator)
+        t = torch.full((len(eps),), 500)
+
+        def taken(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+            with run.engine.autocast() if dtype != torch.float64 else nullcontext():
+                pred = run.family.predict(samples.latents.to(dtype), t, replace(cond, hidden=cond.hidden.to(dtype)))
+                F.mse_loss(pred, eps.to(dtype)).backward()
+            found = {name: parameter.grad.double() for name, parameter in named if parameter.grad is not None}
+            for _, parameter in named:
+                parameter.grad = None
+            return found
+
+        plain = taken(torch.float32)
+        own = next(unet.parameters()).dtype
+        unet.double()
+        exact = taken(torch.float64)
+        for parameter in unet.parameters():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else own)
+        count = pack(unet, "on", torch.device("cpu"))
+        packed = taken(torch.float32)
+        return {
+            "layers_packed": count,
+            "tensors": len(exact),
+            "plain": _errors(plain, exact),
+            "packed": _errors(packed, exact),
+            "packed to plain": _errors(packed, plain),
+        }
+
+
+def _errors(found: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> Figures:
+    """Of norms: the median over the tensors, the worst, and whose that is."""
+    errors = {name: float((found[name] - own).norm() / own.norm()) for name, own in right.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    middle = statistics.median(errors.values())
+    return {"median": float(f"{middle:.3g}"), "worst": float(f"{errors[worst]:.3g}"), "of": worst}
 
 
 def work(case: Case) -> Figures:
@@ -201,7 +260,7 @@ def data(case: Case) -> Figures:
     with _session(case) as session:
         prepared = time.process_time() - began
         found = measuring.interleaved({"trainer": trainer(session.run)}, case.rounds, warm=2)
-        return {"prepared_cpu_s": round(prepared, 2), "ways": found, "peak_mib": measuring.memory()[1]}
+        return {"prepared_cpu_s": round(prepared, 2), "ways": found, "peak_mib": measuring.Memory().peak()}
 
 
 def length(case: Case) -> Figures:
@@ -210,11 +269,11 @@ def length(case: Case) -> Figures:
         going = trainer(session.run)
         tenth = max(1, case.rounds // 10)
         first = measuring.interleaved({"first": going}, tenth, warm=5)["first"]
-        at_first = measuring.memory()[0]
+        at_first = measuring.Memory().now()
         for _ in range(case.rounds - 2 * tenth):
             going()
         last = measuring.interleaved({"last": going}, tenth, warm=0)["last"]
-        return {"ways": {"first": first, "last": last}, "mib": [at_first, measuring.memory()[0]]}
+        return {"ways": {"first": first, "last": last}, "mib": [at_first, measuring.Memory().now()]}
 
 
 def draw(folder: Path, count: int, side: int) -> Path:
@@ -233,7 +292,7 @@ def _session(case: Case) -> Generator[Session]:
     with tempfile.TemporaryDirectory() as out:
         folder = draw(Path(out) / "pictures", case.pictures, case.resolution)
         model = {"base": BASES[case.family], "dtype": case.dtype, **json.loads(case.model)}
-        if case.size == "full":
+        if case.size == "full" and model["base"] == BASES[case.family]:  # another one is that of `fullsize.written`
             model["family"] = FULL[case.family]
         args = TrainArgs.model_validate(
             {
@@ -242,7 +301,7 @@ def _session(case: Case) -> Generator[Session]:
                 "adapter": {"rank": case.rank, "targets": "attention"},  # as the plain script
                 "sample": {"steps": 1},
                 "hooks": {"tensorboard": False},
-                "runtime": {"out": out, "threads": 1, "batch_size": case.batch, "device": "cpu", "steps": 10**6},
+                "runtime": {"out": out, "threads": 1, "batch_size": case.batch, "device": case.device, "steps": 10**6},
             }
         )
         with opened(args) as session:

@@ -49,16 +49,27 @@ class ModelArgs(Section):
         "two more copies of them; auto: from 200 million weights on, where they all fit into half of the memory",
     )
 
+    compile: Literal["none", "blocks"] = Field(
+        "none",
+        description="have torch compile the denoiser's transformer blocks, each kind once: faster steps, on a GPU above "
+        "all, for a minute or more at the start; what was compiled is kept in torch's own cache",
+    )
+
     @model_validator(mode="after")
-    def _packed_are_whole(self) -> ModelArgs:
+    def _packed_alone(self) -> ModelArgs:
         if self.quantise != "none" and self.packed == "on":
             raise ValueError(
                 f"packed is on, which holds two more copies of the weights, but quantise is {self.quantise}, which "
                 "saves their memory; take packed auto or off, or quantise none"
             )
+        if self.compile != "none" and self.packed == "on":
+            raise ValueError(
+                f"packed is on, and compile is {self.compile}, but torch cannot compile layers that are packed; take "
+                "packed auto or off, or compile none"
+            )
         return self
 
     @property
     def packing(self) -> Literal["auto", "on", "off"]:
-        """What of `packed` is in force: weights that are quantised are not packed."""
-        return self.packed if self.quantise == "none" else "off"
+        """What of `packed` is in force: weights that are quantised, or in blocks to be compiled, are not packed."""
+        return self.packed if (self.quantise, self.compile) == ("none", "none") else "off"

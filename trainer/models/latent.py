@@ -20,6 +20,7 @@ from trainer.models import original, parts, sniff, spelling
 from trainer.models.attention import use_products, use_xformers
 from trainer.models.attention_maps import watched
 from trainer.models.clip_text import Tokens, fit, places
+from trainer.models.compiled import compile_blocks
 from trainer.models.packed import pack
 from trainer.models.parts import Parts
 from trainer.models.quantised import quantise
@@ -100,6 +101,8 @@ class LatentFamily:
         elif args.attention == "auto" and args.dtype == "bf16" and device.type == "cpu":
             use_products(self._unet)
         pack(self._unet, args.packing, device)
+        if args.compile == "blocks":
+            compile_blocks(self._unet, device)
 
     def spellings(self, component: str, path: str) -> Sequence[str]:
         """Every name, without suffix, that a layer has in files of some program."""
