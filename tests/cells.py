@@ -22,6 +22,7 @@ PRECISION: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"dtype": "bf16", "gradient_checkpointing": True},
     "fp16": {"dtype": "fp16"},
+    "int8": {"quantise": "int8"},
 }
 CONV = "attention+ff+conv"
 ADAPTER: dict[str, dict[str, Any]] = {
@@ -136,7 +137,7 @@ def pairwise(*axes: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 AXES = (BASES, ADAPTER, OBJECTIVE, OPTIMIZER)
-HALF = {  # which of their rows are in half precision: slow on a CPU, so only some
+NARROW = {  # which of their rows are in half precision, which is slow on a CPU, or have rounded weights: only some
     ("sd15-v", "lora"): "bf16",
     ("sd15-v", "oft"): "fp16",
     ("sd15-eps", "norms"): "bf16",
@@ -145,9 +146,13 @@ HALF = {  # which of their rows are in half precision: slow on a CPU, so only so
     ("sd2", "loha"): "fp16",
     ("sdxl", "rows"): "bf16",
     ("sdxl", "encoders"): "fp16",
+    ("sd15-v", "lora-conv"): "int8",
+    ("sd15-eps", "dora"): "int8",
+    ("sd2", "lokr"): "int8",
+    ("sdxl", "pivotal"): "int8",
 }
 ROWS = [
-    *((base, HALF.get((base, adapter), "fp32"), adapter, *rest) for base, adapter, *rest in pairwise(*AXES)),
+    *((base, NARROW.get((base, adapter), "fp32"), adapter, *rest) for base, adapter, *rest in pairwise(*AXES)),
     ("sd15-eps", "fp32", "lora-plus", "denoise", "adamw"),
     ("sdxl", "fp32", "lora-plus", "denoise-all", "averages"),
     ("sd2", "fp32", "dora-plus", "denoise", "adamw"),
@@ -168,9 +173,9 @@ HEAD = """\
 Made by `python tests/cells.py` of the rows that `tests/test_matrix.py` runs; a test fails where the two differ.
 
 Each row is a run of three updates on a tiny random base, and the same run stopped after one, saved and loaded into
-parts made anew: losses, all trained tensors and what the optimizers remember are equal to the last bit, and every
-component has moved. Not the whole product is run, which grows with every part: any two values of base, adapter,
-objective and optimizer meet in a row.
+parts made anew: losses, all trained tensors, what the optimizers remember and a picture drawn after them are equal to
+the last bit, and every component has moved. Not the whole product is run, which grows with every part: any two values
+of base, adapter, objective and optimizer meet in a row.
 """
 
 

@@ -53,6 +53,22 @@ def test_what_is_in_the_work_folder_is_not_made_again(tmp_path: Path) -> None:
     assert other.scores != job.scores
 
 
+def test_runs_of_earlier_results_count_as_made(tmp_path: Path) -> None:
+    run = {"concept": "cat", "seed": 1, "fidelity": 0.25, "overall": 0.5}
+    method = {"options": ["--adapter.rank", "4"], "runs": [run]}
+    results = {"preset": "presets/object.json", "tables": {"some": {"rank 4": method}}}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results), encoding="utf-8")
+    runs.adopt(file, tmp_path)
+    job = runs.Job("cat", "presets/object.json", ("--adapter.rank", "4"), 1, tmp_path, None)
+    assert runs.work([job], 1) == {job: {"concept": "cat", "seed": 1, "fidelity": 0.25}}
+    job.scores.write_text('{"fidelity": 0.75}', encoding="utf-8")
+    runs.adopt(file, tmp_path)
+    assert runs.work([job], 1)[job]["fidelity"] == 0.75  # what was made here counts more
+    for other in ("presets/style.json", "presets/object.json"):
+        assert not runs.Job("cat", other, ("--adapter.rank", "8"), 1, tmp_path, None).scores.exists()
+
+
 def _pretended(job: runs.Job) -> dict[str, Any]:
     """A run that is the better, the nearer its rank is to 8 and its rate to 1e-3."""
     args = json.loads(Path(job.preset).read_text(encoding="utf-8"))

@@ -76,6 +76,27 @@ print(__version__ == before and 0 or __version__, CLIPTextModel is before["CLIPT
     assert said[1].endswith(" True")
 
 
+def test_the_list_of_installed_packages_is_read_when_it_is_asked() -> None:
+    code = """
+from trainer import lean
+from importlib import metadata
+own = metadata.packages_distributions
+read = []
+def counted():
+    read.append(1)
+    return own()
+metadata.packages_distributions = counted
+lean.imports()
+lean.imports()
+from diffusers.utils import import_utils
+assert import_utils._is_package_available("torch")[0]
+print(len(read))
+there = import_utils._package_map
+print(there == own(), there["PIL"], "no_such" in there, len(read))
+"""
+    assert ran(code).split("\n")[:2] == ["0", "True ['pillow'] False 1"]
+
+
 def test_schedulers_still_find_scipy() -> None:
     code = """
 from trainer import lean

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from trainer import cli, places, run
+from trainer import engine as engine_module
 from trainer.args import TrainArgs
 from trainer.dataset import Tags, forms, load_mask, load_pixels, read_manifest
 from trainer.engine import Engine
@@ -76,6 +77,22 @@ def test_fp16_carries_gradients_that_half_precision_cannot_hold() -> None:
     engine.release()
     assert parameter.grad is not None
     assert parameter.grad.tolist() == pytest.approx([2e-8] * 3, rel=0.02)
+
+
+@pytest.mark.parametrize(("given", "width", "expected"), [(None, 8, 1), (None, 64, 3), (2, 8, 2)])
+def test_a_small_denoiser_has_one_thread_unless_a_number_was_given(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, width: int, expected: int
+) -> None:
+    monkeypatch.setattr(engine_module, "SMALL", 1000)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    runtime = cli.validate({"data": {"source": "x"}, "runtime": {"device": "cpu", "threads": given}}).runtime
+    engine = Engine(runtime, "fp32")
+    engine.suit(torch.nn.Linear(width, width))
+    assert torch.get_num_threads() == expected
+    engine.release()
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
 
 
 def test_the_loss_scale_of_fp16_adapts_as_torchs_does_and_is_kept() -> None:

@@ -19,6 +19,8 @@ from trainer.ranks import Ranks, launched
 FP16_LOSS_SCALE = 2.0**16  # that a run begins with, as torch's GradScaler
 GROWTH_INTERVAL = 2000  # updates in a row without an overflow after which it is doubled, as there
 
+SMALL = 20_000_000  # weights of a denoiser up to which one thread is the fastest
+
 log = logging.getLogger(__name__)
 
 
@@ -33,8 +35,8 @@ class Engine:
         self.here = here or Ranks()
         self.rank, self.processes = self.here.rank, self.here.processes
         _check_device(runtime.device, self.processes)
-        if runtime.threads is not None:
-            torch.set_num_threads(runtime.threads)
+        self._found, self._given = torch.get_num_threads(), runtime.threads
+        torch.set_num_threads(self._given or self._found)
         cpu = runtime.device == "cpu" or (self.processes > 1 and not torch.cuda.is_available())
         if self.processes > 1:  # Accelerate takes the group that it finds, and would make one of a store of its own
             group = distributed.PrefixStore("gradients", self.here.store)
@@ -58,8 +60,15 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss * self._scale)
 
+    def suit(self, denoiser: nn.Module) -> None:
+        """Where no number of threads was given, gives a small denoiser one on a CPU: several wait more than they help."""
+        weights = sum(parameter.numel() for parameter in denoiser.parameters())
+        if self._given is None and self.device.type == "cpu" and weights < SMALL:
+            torch.set_num_threads(1)
+
     def release(self) -> None:
-        """Accelerate keeps its choice of device and precision for the process, which would bind the next run."""
+        """Leaves the process as it was: Accelerate keeps its choice of device and precision, torch its threads."""
+        torch.set_num_threads(self._found)
         AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from types import FunctionType, ModuleType
@@ -103,6 +103,8 @@ def imports() -> None:
     """Puts off what the libraries would import, where it is installed. Once is enough."""
     for name in LATER:
         put_off(name)
+    if not isinstance(metadata.packages_distributions, Asked):
+        metadata.packages_distributions = Asked(metadata.packages_distributions)
     put_off("bitsandbytes.nn", known={name: named(name) for name in ("Linear8bitLt", "Linear4bit")})  # PEFT asks
     if modest():
         if "torch._dynamo" not in sys.modules:
@@ -112,6 +114,39 @@ def imports() -> None:
         for name in INSIDE:
             put_off(name, inside=True)
         _transformers()
+
+
+class Asked:
+    """In place of importlib.metadata's packages_distributions, which reads the list of files of all that is installed.
+
+    What it gives is read when something of it is asked for; diffusers takes it at its import, and mostly asks nothing.
+    """
+
+    def __init__(self, own: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._own = own
+
+    def __call__(self) -> Mapping[str, list[str]]:
+        return _Packages(self._own)
+
+
+class _Packages(Mapping[str, list[str]]):
+    """Import name -> the distributions that have it."""
+
+    def __init__(self, own: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._own = own
+
+    @functools.cached_property
+    def _read(self) -> Mapping[str, list[str]]:
+        return self._own()
+
+    def __getitem__(self, name: str) -> list[str]:
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
 
 
 def _compiler() -> None:

@@ -51,8 +51,8 @@ class ModelArgs(Section):
 
     compile: Literal["none", "blocks"] = Field(
         "none",
-        description="have torch compile the denoiser's transformer blocks, each kind once: faster steps, on a GPU above "
-        "all, for a minute or more at the start; what was compiled is kept in torch's own cache",
+        description="have torch compile the denoiser's transformer blocks, each kind once: faster steps, above all on "
+        "a GPU, for a minute or more at the start; what was compiled is kept in torch's own cache",
     )
 
     @model_validator(mode="after")

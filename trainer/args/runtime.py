@@ -62,7 +62,9 @@ class RuntimeArgs(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="where to train; auto takes a GPU if there is one"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads [default: torch's choice]")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads [default: torch's choice, and one for a small base]"
+    )
 
     def updates(self, pictures: int) -> int:
         """The steps of a run on so many pictures."""

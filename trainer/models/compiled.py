@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from trainer.types import BaseModelError
 
 log = logging.getLogger(__name__)
+
+KINDS = 64  # of blocks: each width, number of tokens and batch, in training and in drawing; beyond, torch compiles none
 
 
 def compile_blocks(unet: Any, device: torch.device) -> None:
@@ -21,6 +24,8 @@ def compile_blocks(unet: Any, device: torch.device) -> None:
     lacking = _lacking(device)
     if lacking:
         raise BaseModelError(f"model.compile is blocks, and torch cannot compile for {device} here: {lacking}")
+    config: Any = importlib.import_module("torch._dynamo.config")
+    config.recompile_limit = max(config.recompile_limit, KINDS)  # torch has no such limit for a single module
     unet.compile_repeated_blocks()
     log.info("the first steps take longer: torch compiles the denoiser's blocks (model.compile)")
 

@@ -109,6 +109,7 @@ def _ready(args: TrainArgs, parts: Parts, here: Ranks) -> Generator[tuple[ModelF
         raise RunError(str(error)) from error
     try:
         family = parts.family.load(args.model, engine.device)
+        engine.suit(family.denoiser)
         try:
             layouts.merge(family, args.model.merge)
         except layouts.LayoutError as error:
