@@ -61,7 +61,7 @@ class Engine:
         self._accelerator.backward(loss * self._scale)
 
     def suit(self, denoiser: nn.Module) -> None:
-        """Where no number of threads was given, gives a small denoiser one on a CPU: several wait more than they help."""
+        """Gives a small denoiser one thread on a CPU, unless a number was given: several wait more than they help."""
         weights = sum(parameter.numel() for parameter in denoiser.parameters())
         if self._given is None and self.device.type == "cpu" and weights < SMALL:
             torch.set_num_threads(1)
