@@ -12,6 +12,7 @@ ALONE = ["--text.tokens", "0", "--optim.adapter.curve", "cosine"]  # the adapter
 _PRODIGY = ["--optim.adapter.name", "prodigy", "--optim.adapter.lr", "1"]
 PRIOR = ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"]
 HOT = ["--text.tokens", "0", "--optim.adapter.curve", "constant", "--optim.adapter.lr", "5e-3"]
+SNR = ["--objective.min_snr_gamma", "5"]
 CHOSEN = ["--hooks.best.pictures", "4", "--runtime.checkpoint_every", "50"]
 
 
@@ -63,7 +64,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
     },
     "objectives": {
         "plain": [],
-        "min-SNR 5": ["--objective.min_snr_gamma", "5"],
+        "min-SNR 5": SNR,
         "masked": ["--data.masks", "--data.mask.sources", "foreground"],
         "masked, prior outside": [
             *("--data.masks", "--data.mask.sources", "foreground"),
@@ -87,13 +88,18 @@ TABLES: dict[str, dict[str, list[str]]] = {
     "questions": {
         "pivotal": [],
         "LoRA alone": ALONE,
-        "min-SNR 5": ["--objective.min_snr_gamma", "5"],
+        "min-SNR 5": SNR,
         "no caption dropout": ["--data.caption_dropout", "0"],
         "offset noise 0.05": ["--objective.offset_noise", "0.05"],
         "condition noise 0.1": ["--objective.noise.condition", "0.1"],
         "rank 4": ["--adapter.rank", "4"],
         "rank 32": ["--adapter.rank", "32"],
         "attention and ff": ["--adapter.targets", "attention+ff"],
+    },
+    "object": {  # of shapes
+        "min-SNR, with convolutions": SNR,
+        "min-SNR, attention and ff": [*SNR, "--adapter.targets", "attention+ff"],
+        "min-SNR, attention and ff, rank 16": [*SNR, "--adapter.targets", "attention+ff", "--adapter.rank", "16"],
     },
     "checkpoint": {
         "the last": [],

@@ -296,7 +296,11 @@ def _session(case: Case) -> Generator[Session]:
             model["family"] = FULL[case.family]
         args = TrainArgs.model_validate(
             {
-                "data": {"source": str(folder), "resolution": case.resolution},
+                "data": {
+                    "source": str(folder),
+                    "resolution": case.resolution,
+                    "limits": {"entries": 2 * case.pictures + 1},
+                },
                 "model": model,
                 "adapter": {"rank": case.rank, "targets": "attention"},  # as the plain script
                 "sample": {"steps": 1},

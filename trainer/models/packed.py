@@ -1,9 +1,10 @@
 """Frozen layers with their weights in oneDNN's own order, made once: a CPU otherwise orders them anew at each call.
 
 It pays for large layers on small maps, where ordering the weights costs more than the product with them: forward, and
-with the weights transposed for the gradient of the input. It costs memory for two more copies of the weights. The
-operators are private ones of torch, so they are tried out against the plain path before anything is packed, and a layer
-whose weight is not the one that was packed (trained, replaced, changed, in another dtype) computes as ever.
+with the weights transposed for the gradient of the input. It costs memory for two more copies of the weights, after
+which the plain ones go back to their file (`resting.give_back`). The operators are private ones of torch, so they are
+tried out against the plain path before anything is packed, and a layer whose weight is not the one that was packed
+(trained, replaced, changed, in another dtype) computes as ever.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainer.models.resting import give_back
 from trainer.types import BaseModelError
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class PackedLinear(nn.Linear):
             return grad @ self.weight
         if self.packed.transposed is None:
             self.packed.transposed = _ops()._reorder_linear_weight(self.weight.detach().t().contiguous(), _rows(grad))
+            give_back([self.weight])
         return _ops()._linear_pointwise(grad.contiguous(), self.packed.transposed, None, "none", [], "")
 
 
@@ -150,6 +153,7 @@ class _Conv2d(torch.autograd.Function):
         if layer.packed.transposed is None:
             turned = layer.weight.detach().transpose(0, 1).flip(2, 3).contiguous()
             layer.packed.transposed = _convolution(turned, [1, 1], padding, grad)
+            give_back([layer.weight])
         return _convolve(grad, layer.packed.transposed, None, [1, 1], padding), None
 
 

@@ -6,12 +6,12 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PAGEOUT = 21  # madvise's MADV_PAGEOUT, of Linux 5.4 and newer: what is unchanged since it was read is dropped
 CPU = torch.device("cpu")
@@ -66,11 +66,18 @@ def _move(part: nn.Module, device: torch.device) -> None:
 
 
 def _give_back(part: nn.Module) -> None:
-    """Tells the system that the pages of a part's tensors are not needed soon. It may not listen."""
+    give_back((*part.parameters(), *part.buffers()))
+
+
+def give_back(tensors: Iterable[Tensor]) -> None:
+    """Tells the system that the pages of tensors on a CPU are not needed soon: those of a file can go.
+
+    It may not listen. Nothing is lost: what was changed since it was read stays, or is swapped.
+    """
     advise = _of_libc("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     if advise is None:
         return
-    for tensor in (*part.parameters(), *part.buffers()):
+    for tensor in tensors:
         start = tensor.data_ptr()
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: others are a neighbour's as well
         last = (start + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
