@@ -67,6 +67,22 @@ def test_errors_are_of_norms_and_the_worst_is_named() -> None:
     assert stepping._errors(found, right) == {"median": 0.002, "worst": 0.1, "of": "a"}
 
 
+def test_memory_is_that_of_this_process_and_of_the_bases_weights() -> None:
+    found = stepping.memory(stepping.Case(what="memory", rounds=1, pictures=2))
+    unet = ROOT / "testbed/base/unet/diffusion_pytorch_model.safetensors"
+    assert found["weights_mib"]["denoiser"] == 2 * unet.stat().st_size // 2**20  # it is kept in fp16
+    assert found["peak_mib"] >= found["prepared_mib"] > 100
+    assert 1 < found["activations_mib"] < 200
+    meter = measuring.Memory()
+    meter.forget()
+    before = meter.peak()
+    held = torch.ones(64 * 2**18)  # 64 MiB
+    assert meter.now() > before + 50
+    del held
+    meter.forget()
+    assert meter.peak() < before + 50
+
+
 def test_packed_gradients_are_compared_with_double_precision() -> None:
     found = stepping.gradients(stepping.Case(batch=1, what="gradients"))
     assert found["layers_packed"] > 100
