@@ -43,10 +43,11 @@ def _wait(device: str) -> None:
 
 
 def spread(values: list[float], device: str = "cpu") -> Figures:
-    """Median and quartiles of seconds, which say whose they are."""
+    """Median and quartiles of seconds, which say whose they are, and each round's."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     of = "cpu_s" if device == "cpu" else "gpu_s"
-    return {of: _rounded(middle), "quartiles": [_rounded(low), _rounded(high)], "rounds": len(values)}
+    each = [_rounded(value) for value in values]
+    return {of: _rounded(middle), "quartiles": [_rounded(low), _rounded(high)], "rounds": len(values), "each": each}
 
 
 def seconds(figures: Figures) -> float:
@@ -55,7 +56,9 @@ def seconds(figures: Figures) -> float:
 
 
 def ratio(figures: Mapping[str, Figures], of: str, to: str) -> float:
-    return round(seconds(figures[of]) / seconds(figures[to]), 3)
+    """The median of the rounds' own ratios: what slowed the machine in a round slowed both ways."""
+    pairs = zip(figures[of]["each"], figures[to]["each"], strict=True)
+    return round(statistics.median(one / other for one, other in pairs), 3)
 
 
 def rates(dtype: torch.dtype, repeats: int = 3, device: str = "cpu") -> dict[str, float]:

@@ -21,6 +21,7 @@ from scipy import stats
 
 from bench.methods import TABLES
 from bench.runs import OUT, WORK, Job, adopt, before, machine, work
+from testbed.concepts import CONCEPTS
 from trainer import console
 from trainer.rundir import atomic_write
 
@@ -147,6 +148,19 @@ def differences(results: dict[str, Any], name: str) -> str:
     for method, result in others:
         cells = [_points(*difference(first["runs"], result["runs"], key)) for key in COMPARED]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_kind(results: dict[str, Any], name: str) -> str:
+    """Markdown: the same for shapes, fills and styles apart."""
+    (reference, first), *others = results["tables"][name].items()
+    heads = [f"points from {reference}", "of", "pairs", *[key.replace("_", " ") for key in COMPARED]]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for method, result in others:
+        for kind in dict.fromkeys(CONCEPTS[run["concept"]].kind for run in result["runs"]):
+            runs = [run for run in result["runs"] if CONCEPTS[run["concept"]].kind == kind]
+            cells = [_points(*difference(first["runs"], runs, key)) for key in COMPARED]
+            lines.append(f"| {method} | {kind}s | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

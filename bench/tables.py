@@ -1,7 +1,8 @@
 """The tables of README.md and docs/benchmarks.md, from the results: python -m bench.tables [--check].
 
-A page says what is made of a file of bench/results by `<!-- quality FILE TABLE -->`, `<!-- differences FILE TABLE -->`,
-`<!-- speed FILE TABLE -->` or `<!-- course FILE -->`; `<!-- end -->` comes after it, and what is between is made anew.
+A page says what is made of a file of bench/results by `<!-- KIND FILE TABLE -->`, of the kinds quality, differences,
+kinds (of concepts) and speed, or by `<!-- course FILE -->`; `<!-- end -->` comes after it, and what is between is made
+anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from trainer.rundir import atomic_write
 
 PAGES = ("README.md", "docs/benchmarks.md")
 _MARKED = re.compile(
-    r"(<!-- (quality|differences|course|speed) ([\w.-]+)(?: ([\w ]+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (quality|differences|kinds|course|speed) ([\w.-]+)(?: ([\w ]+))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -54,7 +55,7 @@ def _table(kind: str, file: str, name: str | None) -> str:
         return course.table(results)
     if kind == "speed":
         return speed_tables.TABLES[name or "targets"](results)
-    of = {"quality": quality.table, "differences": quality.differences}[kind]
+    of = {"quality": quality.table, "differences": quality.differences, "kinds": quality.by_kind}[kind]
     return of(results, name or "quickstart")
 
 

@@ -27,6 +27,22 @@ def test_a_difference_is_paired_and_has_the_interval_of_students_t() -> None:
     assert quality.difference(before[:1], after[1:2], "fidelity") == (pytest.approx(0.05), math.inf)
 
 
+def test_differences_are_told_apart_by_kind() -> None:
+    figures = dict.fromkeys(quality.COMPARED, 0.5)
+
+    def of(fidelity: dict[str, float]) -> dict[str, Any]:
+        return {
+            "runs": [{**figures, "concept": c, "seed": s, "fidelity": f} for c, f in fidelity.items() for s in (0, 1)]
+        }
+
+    first, second = of({"cat": 0.5, "ripple": 0.1}), of({"cat": 0.4, "ripple": 0.3})
+    shown = quality.by_kind({"tables": {"some": {"a": first, "b": second}}}, "some").splitlines()
+    assert shown[0].startswith("| points from a | of | pairs | fidelity |")
+    assert shown[2].startswith("| b | shapes | 2 | -10.0 ± 0.0 | +0.0 ± 0.0 |")
+    assert shown[3].startswith("| b | fills | 2 | +20.0 ± 0.0 |")
+    assert len(shown) == 4
+
+
 def test_overall_is_the_harmonic_mean_of_four_that_count_up_to_one() -> None:
     run = {"fidelity": 0.5, "retention": 1.02, "diversity": 0.25}
     aligned = {"alignment_colour": 1.0, "alignment_background": 0.9, "alignment_size": 0.5}

@@ -28,8 +28,18 @@ def test_ways_take_turns_and_the_first_round_only_warms_up() -> None:
 
 
 def test_a_spread_is_of_median_and_quartiles() -> None:
-    assert measuring.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {"cpu_s": 3.0, "quartiles": [2.0, 4.0], "rounds": 5}
-    assert measuring.spread([7.0]) == {"cpu_s": 7.0, "quartiles": [7.0, 7.0], "rounds": 1}
+    values = [5.0, 1.0, 2.0, 4.0, 3.0]
+    assert measuring.spread(values) == {"cpu_s": 3.0, "quartiles": [2.0, 4.0], "rounds": 5, "each": values}
+    assert measuring.spread([7.0]) == {"cpu_s": 7.0, "quartiles": [7.0, 7.0], "rounds": 1, "each": [7.0]}
+    assert measuring.spread([7.0], "cuda")["gpu_s"] == 7.0
+
+
+def test_a_ratio_is_that_of_rounds_so_that_a_slow_one_slows_both() -> None:
+    figures = {"one": measuring.spread([1.0, 5.0, 1.1]), "other": measuring.spread([2.0, 10.0, 2.2])}
+    assert measuring.ratio(figures, "one", "other") == 0.5
+    figures["other"] = measuring.spread([2.0, 2.1, 2.2])
+    assert measuring.ratio(figures, "one", "other") == 0.5
+    assert measuring.ratio(figures, "other", "one") == 2.0
 
 
 def results(trainer: float) -> dict[str, Any]:
