@@ -56,9 +56,14 @@ def seconds(figures: Figures) -> float:
 
 
 def ratio(figures: Mapping[str, Figures], of: str, to: str) -> float:
-    """The median of the rounds' own ratios: what slowed the machine in a round slowed both ways."""
-    pairs = zip(figures[of]["each"], figures[to]["each"], strict=True)
-    return round(statistics.median(one / other for one, other in pairs), 3)
+    """The median of the rounds' own ratios: what slowed the machine in a round slowed both ways.
+
+    Older results did not keep their rounds, and have the ratio of medians.
+    """
+    one, other = figures[of], figures[to]
+    rounds = zip(one.get("each", ()), other.get("each", ()), strict=True)
+    ratios = [a / b for a, b in rounds] or [seconds(one) / seconds(other)]
+    return round(statistics.median(ratios), 3)
 
 
 def rates(dtype: torch.dtype, repeats: int = 3, device: str = "cpu") -> dict[str, float]:

@@ -40,6 +40,8 @@ def test_a_ratio_is_that_of_rounds_so_that_a_slow_one_slows_both() -> None:
     figures["other"] = measuring.spread([2.0, 2.1, 2.2])
     assert measuring.ratio(figures, "one", "other") == 0.5
     assert measuring.ratio(figures, "other", "one") == 2.0
+    older = {name: {"cpu_s": seconds} for name, seconds in (("one", 1.0), ("other", 4.0))}
+    assert measuring.ratio(older, "one", "other") == 0.25
 
 
 def results(trainer: float) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainer.models.resting import give_back
+
 log = logging.getLogger(__name__)
 
 LEVELS = 127  # on each side of 0
@@ -79,7 +81,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _switch(layer: nn.Linear) -> None:
-    codes, scale = _rounded(layer.weight.detach())
+    weight = layer.weight.detach()
+    codes, scale = _rounded(weight)
+    give_back([weight])  # its file is mapped as long as any of its tensors is held
     del layer.weight
     own: Any = layer
     own.__class__ = QuantisedLinear
