@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,18 @@ def test_name_module_and_file(tmp_path: Path) -> None:
     assert load(TABLE, "path", "part").__name__ == "PurePath"
     assert load(TABLE, "collections:OrderedDict", "part").__name__ == "OrderedDict"
     assert load(TABLE, f"{part}:Thing", "part")().x == 7
+
+
+def test_a_file_is_what_it_says_now_and_nothing_is_left_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    part = tmp_path / "my_part.py"
+    for value in (1, 2):  # as long, and of the same second
+        part.write_text(f"Thing = {value}\n", encoding="utf-8")
+        os.utime(part, (1_700_000_000, 1_700_000_000))
+        assert load({}, f"{part}:Thing", "part") == value
+    assert [path.name for path in tmp_path.iterdir()] == ["my_part.py"]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from trainer import lean
@@ -75,11 +76,21 @@ def _from_name(where: str, kind: str) -> ModuleType:
         raise  # the module exists, and something that it imports does not
 
 
+class _Compiled(SourceFileLoader):
+    """Compiles a file whenever it is loaded, and leaves nothing beside it.
+
+    Python knows bytecode that it kept from that of a changed file by its second and size alone.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _from_file(path: Path, kind: str) -> ModuleType:
     if not path.is_file():
         raise PartError(f"{kind}: there is no file {str(path)!r}")
     name = f"tempera_part_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Compiled(name, str(path)))
     if spec is None or spec.loader is None:
         raise PartError(f"{kind}: {str(path)!r} cannot be imported as Python")
     module = importlib.util.module_from_spec(spec)
