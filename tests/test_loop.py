@@ -13,6 +13,7 @@ import pytest
 import torch
 from small import CPU, equal, make_run, tensors
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.checkpoint import load, save
 from trainer.events import Gradients
@@ -211,6 +212,28 @@ def test_the_rate_logged_for_prodigy_is_the_one_in_force() -> None:
     last = list(train(run))[-1]
     assert last.lr["adapter"] > 1e-6
     assert last.lr["adapter"] == run.optimizers["adapter"].param_groups[0]["d"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_an_update_reads_numbers_from_the_device_twice(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Single(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                read.append("one")
+            return func(*args, **(kwargs or {}))
+
+    read: list[str] = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: read.append("list") or tolist(self))
+    run = make_run(accumulate=accumulate, objective={"min_snr_gamma": 5.0})
+    samples = [run.dataset.micro(index) for index in range(2 * accumulate)]  # which are drawn in RAM
+    run.dataset.micro = samples.__getitem__  # type: ignore[method-assign]
+    steps = train(run)
+    next(steps)  # optimizers make their state
+    read.clear()
+    with Single():
+        next(steps)
+    assert read == ["list", "list"], "the losses of all micros at once, and then the norms of the gradients"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pictures() -> None:

@@ -93,16 +93,18 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
     tell.say("on_start", run)
     for update in range(start, run.steps):
         began = time.perf_counter()
-        own = [_micro(run, tell, update, micro) for micro in range(run.accumulate)]
-        micros = [_Micro(*row) for row in run.engine.gathered(own)]
+        made = [_micro(run, tell, update, micro) for micro in range(run.accumulate)]
+        numbers = _read(run, [micro.scalars for micro in made])
+        own = [(scalars, micro.names) for scalars, micro in zip(numbers, made, strict=True)]
+        micros = [_Read(*row) for row in run.engine.gathered(own)]
         for micro in micros:
-            if not math.isfinite(micro.loss):
+            if not math.isfinite(micro.scalars[LOSS]):
                 raise NonFiniteLoss("the loss", update + 1, micro.names)
         run.engine.average([parameter for named in run.components.values() for _, parameter in named])
         extra = tell(Gradients(update)).extra
         for component, optimizer in run.optimizers.items():
             run.lr[component].hold(optimizer, update / run.steps)
-        norms = {component: _clip(run, component) for component in run.components}
+        (norms,) = _read(run, [{component: _clip(run, component) for component in run.components}])
         names = [name for micro in micros for name in micro.names]
         broken = [component for component, norm in norms.items() if not math.isfinite(norm)]
         if not run.engine.settled(not broken):
@@ -112,11 +114,12 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
             _update(run, tell, update, tell(RatesSet(update, rates)).lr)
         for optimizer in run.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+        means = {key: sum(micro.scalars[key] for micro in micros) / len(micros) for key in micros[0].scalars}
         step = Step(
             step=update + 1,
             images=len(names),
-            loss=sum(micro.loss for micro in micros) / len(micros),
-            terms={key: sum(micro.terms[key] for micro in micros) / len(micros) for key in micros[0].terms},
+            loss=means.pop(LOSS),
+            terms=means,
             grad_norm=norms,
             lr={key: lr for part, optimizer in run.optimizers.items() for key, lr in logged(part, optimizer).items()},
             seconds=time.perf_counter() - began,
@@ -131,14 +134,21 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
     tell.say("on_end", run)
 
 
+LOSS = "loss"  # among a micro's scalars; the others are its terms
+
+
 class _Micro(NamedTuple):
-    loss: float
-    terms: Mapping[str, float]
+    scalars: Mapping[str, Tensor]  # where the denoiser is
+    names: Sequence[str]
+
+
+class _Read(NamedTuple):
+    scalars: Mapping[str, float]
     names: Sequence[str]
 
 
 def _micro(run: Run, tell: Listeners, update: int, micro: int) -> _Micro:
-    """One forward and backward; its gradients are added to what the parameters hold, if its loss is finite."""
+    """One forward and backward; its gradients are added to what the parameters hold. A GPU is not waited for."""
     engine = run.engine
     turn = micro * engine.processes + engine.rank  # among the micros of all processes for this update
     samples = run.dataset.micro(update * run.accumulate * engine.processes + turn)
@@ -165,14 +175,19 @@ def _micro(run: Run, tell: Listeners, update: int, micro: int) -> _Micro:
         batch = tell(BatchMade(update, turn, batch, samples)).batch
         loss = tell(LossComputed(update, turn, run.objective(run.family.predict, batch), batch)).loss
         penalties = [penalty for adapter in run.adapters if (penalty := adapter.penalty()) is not None]
-    total = torch.stack([loss.total, *penalties]).sum() if penalties else loss.total
-    value = total.item()
-    if math.isfinite(value):
-        engine.backward(total / run.accumulate)
-    terms = {key: term.item() for key, term in loss.terms.items()}
+    total, terms = loss.total, dict(loss.terms)
     if penalties:
-        terms["penalty"] = value - loss.total.item()
-    return _Micro(value, terms, samples.names)
+        terms["penalty"] = torch.stack(penalties).sum()
+        total = total + terms["penalty"]
+    engine.backward(total / run.accumulate)
+    return _Micro({name: scalar.detach() for name, scalar in {LOSS: total, **terms}.items()}, samples.names)
+
+
+def _read(run: Run, those: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
+    """Scalars as numbers, for which a GPU is waited for once."""
+    scalars = [scalar.to(run.engine.device) for each in those for scalar in each.values()]
+    numbers = iter(torch.stack(scalars).tolist())
+    return [dict(zip(each, numbers, strict=False)) for each in those]
 
 
 def _update(run: Run, tell: Listeners, update: int, lr: Mapping[str, float]) -> None:
@@ -184,7 +199,7 @@ def _update(run: Run, tell: Listeners, update: int, lr: Mapping[str, float]) -> 
     tell(AfterUpdate(update))
 
 
-def _clip(run: Run, component: str) -> float:
+def _clip(run: Run, component: str) -> Tensor:
     """Clip the gradients of a component to its norm; the norm that they had."""
     parameters = [parameter for _, parameter in run.components[component]]
-    return torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm[component] or math.inf).item()
+    return torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm[component] or math.inf)
