@@ -32,6 +32,7 @@ def quantise(root: nn.Module) -> int:
     layers = [layer for layer in root.modules() if type(layer) is nn.Linear and not layer.weight.requires_grad]
     for layer in layers:
         _switch(layer)
+    give_back(root.parameters())  # the other layers', which a fingerprint has read: no update needs them yet
     log.info("weights of %d Linear layers are held in 8 bits (model.quantise)", len(layers))
     return len(layers)
 

@@ -70,14 +70,14 @@ def _give_back(part: nn.Module) -> None:
 
 
 def give_back(tensors: Iterable[Tensor]) -> None:
-    """Tells the system that the pages of tensors on a CPU are not needed soon: those of a file can go.
+    """Tells the system that the pages of tensors are not needed soon: those of a file can go. A GPU's are left out.
 
     It may not listen. Nothing is lost: what was changed since it was read stays, or is swapped.
     """
     advise = _of_libc("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     if advise is None:
         return
-    for tensor in tensors:
+    for tensor in (each for each in tensors if each.device == CPU):
         start = tensor.data_ptr()
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: others are a neighbour's as well
         last = (start + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
