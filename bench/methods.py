@@ -13,6 +13,8 @@ _PRODIGY = ["--optim.adapter.name", "prodigy", "--optim.adapter.lr", "1"]
 PRIOR = ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"]
 HOT = ["--text.tokens", "0", "--optim.adapter.curve", "constant", "--optim.adapter.lr", "5e-3"]
 SNR = ["--objective.min_snr_gamma", "5"]
+LOW = ["--objective.levels.density", "linear", "--objective.levels.lean", "-1"]  # noise levels, the lowest oftenest
+LONG = ["--runtime.steps", "1000"]
 CHOSEN = ["--hooks.best.pictures", "4", "--runtime.checkpoint_every", "50"]
 
 
@@ -75,7 +77,14 @@ TABLES: dict[str, dict[str, list[str]]] = {
     "budgets": {
         "300 steps": [],
         "100 steps": ["--runtime.steps", "100"],
-        "1000 steps": ["--runtime.steps", "1000"],
+        "1000 steps": LONG,
+    },
+    "fills": {  # which 300 steps do not teach: what would
+        "1000 steps": LONG,
+        "1000 steps, rank 32": [*LONG, "--adapter.rank", "32"],
+        "1000 steps, rate 3e-3": [*LONG, *_rate("3e-3")],
+        "1000 steps, full, rate 3e-4": [*LONG, "--adapter.kind", "full", *_rate("3e-4")],
+        "1000 steps, low noise oftener": [*LONG, *LOW],
     },
     "pictures": {
         "10 pictures, 300 steps": [],
