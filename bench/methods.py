@@ -85,6 +85,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "1000 steps, rate 3e-3": [*LONG, *_rate("3e-3")],
         "1000 steps, full, rate 3e-4": [*LONG, "--adapter.kind", "full", *_rate("3e-4")],
         "1000 steps, low noise oftener": [*LONG, *LOW],
+        "1000 steps, 40 pictures": [*LONG, "--pictures", "40"],
     },
     "pictures": {
         "10 pictures, 300 steps": [],

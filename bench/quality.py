@@ -35,6 +35,7 @@ SHOWN = (
     "diversity",
     "copies",
 )
+BEST, LOOKS = "--hooks.best.pictures", "choice.json"  # the option, and where it says what it saw
 COMPARED = ("fidelity", "alignment_size", "retention", "leak", "diversity", "overall")
 
 
@@ -96,7 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _jobs(args: argparse.Namespace, options: Sequence[str]) -> list[Job]:
     """The runs of a method."""
     return [
-        Job(concept, args.preset, tuple(options), seed, args.work.resolve(), args.keep)
+        Job(
+            concept,
+            args.preset,
+            tuple(options),
+            seed,
+            args.work.resolve(),
+            args.keep,
+            LOOKS if BEST in options else None,
+        )
         for concept in args.concepts
         for seed in range(args.seeds)
     ]
@@ -104,7 +113,7 @@ def _jobs(args: argparse.Namespace, options: Sequence[str]) -> list[Job]:
 
 def summary(options: Sequence[str], runs: list[dict[str, Any]]) -> dict[str, Any]:
     runs = [{**run, "overall": round(overall(run), 4)} for run in runs]
-    figures = [k for k in runs[0] if k not in ("concept", "seed", "n")]
+    figures = [k for k in runs[0] if k not in ("concept", "seed", "n", "kept")]
     return {
         "options": list(options),
         "mean": mean([{k: run[k] for k in figures} for run in runs]),

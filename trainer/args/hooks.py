@@ -107,7 +107,7 @@ class BestArgs(SwitchedArgs):
         ge=0,
         le=100,
         description="pictures drawn of each prompt at each checkpoint (runtime.checkpoint_every) to find the best one, "
-        "which is exported if it is surely better than the last; 0 is off",
+        "which is exported if it is clearly better than the last; 0 is off",
     )
     ordinary: tuple[str, ...] = Field(
         (),

@@ -1,7 +1,8 @@
-"""The best of the checkpoints is exported, as a CLIP sees pictures that are drawn at each, if it is surely the better.
+"""The best of the checkpoints is exported, as a CLIP sees pictures that are drawn at each, if it is clearly the better.
 
 A few pictures say little, and their score goes up and down: an earlier checkpoint must beat the last one in SURE of
-RESAMPLES draws of the same pictures (a paired bootstrap), or the last is exported.
+RESAMPLES draws of the same pictures (a paired bootstrap), and by WORTH, or the last is exported: a CLIP is surely fonder
+of pictures that differ in nothing that matters, too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 FIGURES = ("fidelity", "alignment", "retention")
 RESAMPLES, SURE = 1000, 0.95
+WORTH = 0.02  # of scores in 0..1
 WITHOUT = 1e-3  # a figure below this counts as this: a harmonic mean with 0 in it would hide the others
 
 
@@ -118,7 +120,8 @@ class Best(Hook):
             for look in (best, last)
         ]
         sure = float((of[0] > of[1]).double().mean())
-        return self._found[best if sure >= SURE else last], round(sure, 4)
+        better = sure >= SURE and scores[best] - scores[last] >= WORTH
+        return self._found[best if better else last], round(sure, 4)
 
     def _figures(self, run: Run) -> dict[str, Tensor]:
         """Of each picture, [pictures of the trigger] or [ordinary ones]; only the means are kept in 0..1."""
@@ -158,7 +161,7 @@ class Best(Hook):
         chosen, sure = self._choice()
         steps, looks = run.steps, len(self._found)
         if chosen is self._found[-1]:
-            log.info("exported is the last of %d checkpoints: none is surely better", looks)
+            log.info("exported is the last of %d checkpoints: none is clearly better", looks)
             yield
             return
         log.info(
