@@ -96,16 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _jobs(args: argparse.Namespace, options: Sequence[str]) -> list[Job]:
     """The runs of a method."""
+    file = LOOKS if BEST in options else None
     return [
-        Job(
-            concept,
-            args.preset,
-            tuple(options),
-            seed,
-            args.work.resolve(),
-            args.keep,
-            LOOKS if BEST in options else None,
-        )
+        Job(concept, args.preset, tuple(options), seed, args.work.resolve(), args.keep, file)
         for concept in args.concepts
         for seed in range(args.seeds)
     ]

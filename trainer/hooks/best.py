@@ -1,8 +1,8 @@
 """The best of the checkpoints is exported, as a CLIP sees pictures that are drawn at each, if it is clearly the better.
 
 A few pictures say little, and their score goes up and down: an earlier checkpoint must beat the last one in SURE of
-RESAMPLES draws of the same pictures (a paired bootstrap), and by WORTH, or the last is exported: a CLIP is surely fonder
-of pictures that differ in nothing that matters, too.
+RESAMPLES draws of the same pictures (a paired bootstrap), or the last is exported. It must do so by WORTH as well: a
+CLIP can be sure of differences that mean nothing.
 """
 
 from __future__ import annotations
