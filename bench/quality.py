@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := sorted(set(args.methods or ()) - known):
         parser.error(f"no table of {', '.join(args.tables)} has {', '.join(unknown)}; they have {', '.join(known)}")
     args.work.mkdir(parents=True, exist_ok=True)
-    for results in args.known:
-        adopt(results, args.work.resolve())
+    for earlier in args.known:
+        adopt(earlier, args.work.resolve())
     chosen = {
         table: {name: options for name, options in TABLES[table].items() if not args.methods or name in args.methods}
         for table in args.tables
