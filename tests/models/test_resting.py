@@ -17,7 +17,8 @@ from torch import nn
 from trainer import sampler
 from trainer.args import ModelArgs, TrainArgs
 from trainer.models import resting
-from trainer.models.resting import Resting
+from trainer.models.quantised import quantise
+from trainer.models.resting import Resting, give_back
 from trainer.models.sd15 import SD15
 from trainer.run import opened
 
@@ -90,6 +91,30 @@ def test_on_a_cpu_pages_go_back_to_their_file_and_changes_stay(tmp_path: Path) -
     assert resident(file) < before / 10
     assert torch.equal(part.w.sum(), expected)
     assert part.w[5099] == -1.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the page cache is told of through madvise")
+def test_rounding_lets_go_of_the_layers_that_it_leaves_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    save_file({"w": torch.arange(9 * 2**19, dtype=torch.float32).reshape(512, 1024, 3, 3)}, file)
+    conv, linear = nn.Conv2d(1024, 512, 3), nn.Linear(4, 4)
+    conv.weight = nn.Parameter(load_file(file)["w"])
+    root = nn.Sequential(conv, linear).requires_grad_(False)
+    expected = conv.weight.sum()  # as a fingerprint reads it
+    before = resident(file)
+    assert before > 15 * 2**10
+    quantise(root)
+    assert resident(file) < before / 10
+    assert torch.equal(conv.weight.sum(), expected)
+
+
+def test_advice_is_given_about_ram_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, ...]] = []
+    monkeypatch.setattr(resting, "_of_libc", lambda *_: lambda *what: given.append(what))
+    here = torch.zeros(2**20)
+    give_back([torch.zeros(2**20, device="meta"), here])
+    ((start, size, _),) = given
+    assert here.data_ptr() <= start < start + size <= here.data_ptr() + here.nbytes
 
 
 def test_encoding_in_float32_leaves_the_vae_its_own_memory(tiny_base: Path) -> None:
