@@ -166,6 +166,23 @@ def by_kind(results: dict[str, Any], name: str) -> str:
     return "\n".join(lines)
 
 
+def together(results: dict[str, Any]) -> str:
+    """Markdown: the same over all tables, which have the same methods, each table's pairs beside the others'."""
+    tables = results["tables"]
+    reference, *others = next(iter(tables.values()))
+
+    def every(method: str) -> list[dict[str, Any]]:
+        each = [(name, run) for name, methods in tables.items() for run in methods[method]["runs"]]
+        return [{**run, "concept": (name, run["concept"])} for name, run in each]
+
+    heads = [f"points from {reference}", "pairs", *[key.replace("_", " ") for key in COMPARED]]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for method in others:
+        cells = [_points(*difference(every(reference), every(method), key)) for key in COMPARED]
+        lines.append(f"| {method} | {len(every(method))} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _points(middle: float, half: float) -> str:
     return f"{100 * middle:+.1f} ± {100 * half:.1f}"
 

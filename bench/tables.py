@@ -1,8 +1,8 @@
 """The tables of README.md and docs/benchmarks.md, from the results: python -m bench.tables [--check].
 
 A page says what is made of a file of bench/results by `<!-- KIND FILE TABLE -->`, of the kinds quality, differences,
-kinds (of concepts) and speed, or by `<!-- course FILE -->`; `<!-- end -->` comes after it, and what is between is made
-anew.
+kinds (of concepts) and speed, or by `<!-- KIND FILE -->` of the kinds course and together; `<!-- end -->` comes after
+it, and what is between is made anew.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from bench.runs import OUT, ROOT
 from trainer.rundir import atomic_write
 
 PAGES = ("README.md", "docs/benchmarks.md")
-_MARKED = re.compile(
-    r"(<!-- (quality|differences|kinds|course|speed) ([\w.-]+)(?: ([\w ]+))? -->\n).*?(<!-- end -->)", re.DOTALL
-)
+KINDS = ("quality", "differences", "kinds", "together", "course", "speed")
+_MARKED = re.compile(rf"(<!-- ({'|'.join(KINDS)}) ([\w.-]+)(?: ([\w ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +52,8 @@ def _table(kind: str, file: str, name: str | None) -> str:
     results: dict[str, Any] = json.loads((OUT / file).read_text(encoding="utf-8"))
     if kind == "course":
         return course.table(results)
+    if kind == "together":
+        return quality.together(results)
     if kind == "speed":
         return speed_tables.TABLES[name or "targets"](results)
     of = {"quality": quality.table, "differences": quality.differences, "kinds": quality.by_kind}[kind]

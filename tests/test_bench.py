@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -41,6 +42,19 @@ def test_differences_are_told_apart_by_kind() -> None:
     assert shown[2].startswith("| b | shapes | 2 | -10.0 ± 0.0 | +0.0 ± 0.0 |")
     assert shown[3].startswith("| b | fills | 2 | +20.0 ± 0.0 |")
     assert len(shown) == 4
+
+
+def test_tables_of_the_same_methods_are_taken_together() -> None:
+    figures = dict.fromkeys(quality.COMPARED, 0.5)
+
+    def of(*fidelity: float) -> dict[str, Any]:
+        return {"runs": [{**figures, "concept": "cat", "seed": s, "fidelity": f} for s, f in enumerate(fidelity)]}
+
+    tables = {"calm": {"a": of(0.5, 0.6), "b": of(0.5, 0.6)}, "hot": {"a": of(0.1, 0.2), "b": of(0.3, 0.4)}}
+    shown = quality.together({"tables": tables}).splitlines()
+    half = stats.t.ppf(0.975, 3) * np.std([0, 0, 20, 20], ddof=1) / 2
+    assert shown[2].startswith(f"| b | 4 | +10.0 ± {half:.1f} | +0.0 ± 0.0 |")
+    assert len(shown) == 3
 
 
 def test_overall_is_the_harmonic_mean_of_four_that_count_up_to_one() -> None:

@@ -169,7 +169,7 @@ def test_the_tables_of_the_benchmarks_are_those_of_the_results() -> None:
     assert tables.main(["--check"]) == 0
     text = page("docs/benchmarks.md")
     assert tables.page(text.replace("| before training | 0.", "| before training | 9.")) == text
-    assert text.count("<!-- end -->") == len(re.findall(r"<!-- (?:quality|differences|kinds|course|speed) ", text))
+    assert text.count("<!-- end -->") == len(re.findall(f"<!-- (?:{'|'.join(tables.KINDS)}) ", text))
 
 
 def test_the_examples_of_the_hooks_page_do_what_they_say(tmp_path: Path, tiny_base: Path, tiny_pictures: Path) -> None:
