@@ -50,6 +50,7 @@ def exported(session: run.Session) -> dict[str, Tensor]:
 
 
 FIDELITY = {0: 0.0, 1: 0.3, 2: 0.9, 3: 0.5, 4: 0.4}
+RETENTION = {0: 1.0, 1: 0.9, 2: 0.9, 3: 0.8, 4: 0.8}
 
 
 @pytest.fixture
@@ -57,7 +58,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second look is the best."""
 
     def figures(self: Best, run: Run) -> dict[str, Tensor]:
-        values = {"fidelity": FIDELITY[len(self._found) + 1], "alignment": 1.0, "retention": 1.0}
+        look = len(self._found) + 1
+        values = {"fidelity": FIDELITY[look], "alignment": 1.0, "retention": RETENTION[look]}
         return {name: torch.full((2,), value) for name, value in values.items()}
 
     monkeypatch.setattr(Best, "_figures", figures)
@@ -83,7 +85,7 @@ def test_the_best_is_exported_and_the_run_goes_on_from_its_last(
     chosen = json.loads(session.dir.choice.read_text(encoding="utf-8"))
     assert chosen["best"] == 2
     assert [look["score"] for look in chosen["looks"]] == pytest.approx(
-        [statistics.harmonic_mean([FIDELITY[n], 1, 1]) for n in (1, 2, 3, 4)], abs=1e-4
+        [statistics.harmonic_mean([FIDELITY[n], 1, RETENTION[n]]) for n in (1, 2, 3, 4)], abs=1e-4
     )
     assert chosen["sure"] == 1
     assert "step 2, the best by hooks.best" in session.dir.report.read_text(encoding="utf-8")
@@ -162,12 +164,13 @@ def test_figures_are_what_the_hook_says_of_pictures_and_texts(
 
 
 @pytest.mark.parametrize(
-    ("second", "sure"),
-    [([0.4, 0.4, 0.4, 0.9], 1 - (3 / 4) ** 4), ([0.47] * 4, 1.0)],
-    ids=["by one picture of four, which a third of all draws miss", "by 0.016 of the score"],
+    ("second", "kept", "sure"),
+    [([0.4, 0.4, 0.4, 0.9], 0.83, 1 - (3 / 4) ** 4), ([0.455] * 4, 0.83, 1.0), ([0.9] * 4, 0.81, 1.0)],
+    ids=["by one picture of four, which a third of all draws miss", "by 0.011 of the score", "by fidelity alone"],
 )
 def test_a_checkpoint_that_is_not_clearly_better_is_not_exported(
     second: list[float],
+    kept: float,
     sure: float,
     tiny_base: Path,
     tiny_pictures: Path,
@@ -175,8 +178,12 @@ def test_a_checkpoint_that_is_not_clearly_better_is_not_exported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def figures(self: Best, run: Run) -> dict[str, Tensor]:
-        fidelity = second if len(self._found) == 1 else [0.45] * 4
-        return {"fidelity": torch.tensor(fidelity), "alignment": torch.ones(4), "retention": torch.ones(3)}
+        fidelity, retention = (second, kept) if len(self._found) == 1 else ([0.45] * 4, 0.8)
+        return {
+            "fidelity": torch.tensor(fidelity),
+            "alignment": torch.ones(4),
+            "retention": torch.full((3,), retention),
+        }
 
     monkeypatch.setattr(Best, "_figures", figures)
     with run.opened(args(tiny_base, tiny_pictures, tmp_path)) as session:

@@ -2,7 +2,9 @@
 
 A few pictures say little, and their score goes up and down: an earlier checkpoint must beat the last one in SURE of
 RESAMPLES draws of the same pictures (a paired bootstrap), or the last is exported. It must do so by WORTH as well: a
-CLIP can be sure of differences that mean nothing.
+CLIP can be sure of differences that mean nothing. And it must retain more, by WORTH: what going back gives up is what
+was learned since, of which a CLIP that has never seen the subject is a poor judge; what it can win is the rest of the
+model.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 FIGURES = ("fidelity", "alignment", "retention")
 RESAMPLES, SURE = 1000, 0.95
-WORTH = 0.02  # of scores in 0..1
+WORTH = 0.02  # of figures in 0..1
 WITHOUT = 1e-3  # a figure below this counts as this: a harmonic mean with 0 in it would hide the others
 
 
@@ -120,8 +122,8 @@ class Best(Hook):
             for look in (best, last)
         ]
         sure = float((of[0] > of[1]).double().mean())
-        better = sure >= SURE and scores[best] - scores[last] >= WORTH
-        return self._found[best if better else last], round(sure, 4)
+        won = [self._found[best][name] - self._found[last][name] for name in ("score", "retention")]
+        return self._found[best if sure >= SURE and min(won) >= WORTH else last], round(sure, 4)
 
     def _figures(self, run: Run) -> dict[str, Tensor]:
         """Of each picture, [pictures of the trigger] or [ordinary ones]; only the means are kept in 0..1."""
