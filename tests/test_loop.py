@@ -236,6 +236,19 @@ def test_an_update_reads_numbers_from_the_device_twice(accumulate: int, monkeypa
     assert read == ["list", "list"], "the losses of all micros at once, and then the norms of the gradients"
 
 
+def test_terms_of_any_name_stand_beside_the_loss() -> None:
+    run = make_run(steps=1, accumulate=2)
+    objective = run.objective
+
+    def named(predict: Predict, batch: Batch) -> Loss:
+        return replace(objective(predict, batch), terms={"loss": torch.tensor(7.0)})
+
+    run.objective = named
+    step = next(train(run))
+    assert step.terms["loss"] == 7.0
+    assert 0 < step.loss < 7
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pictures() -> None:
     run = make_run(steps=4)
     predict, calls = run.family.predict, 0

@@ -94,17 +94,16 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
     for update in range(start, run.steps):
         began = time.perf_counter()
         made = [_micro(run, tell, update, micro) for micro in range(run.accumulate)]
-        numbers = _read(run, [micro.scalars for micro in made])
-        own = [(scalars, micro.names) for scalars, micro in zip(numbers, made, strict=True)]
-        micros = [_Read(*row) for row in run.engine.gathered(own)]
+        micros = [_Told(*row) for row in run.engine.gathered(_told(run, made))]
         for micro in micros:
-            if not math.isfinite(micro.scalars[LOSS]):
+            if not math.isfinite(micro.loss):
                 raise NonFiniteLoss("the loss", update + 1, micro.names)
         run.engine.average([parameter for named in run.components.values() for _, parameter in named])
         extra = tell(Gradients(update)).extra
         for component, optimizer in run.optimizers.items():
             run.lr[component].hold(optimizer, update / run.steps)
-        (norms,) = _read(run, [{component: _clip(run, component) for component in run.components}])
+        clipped = [_clip(run, component) for component in run.components]
+        norms = dict(zip(run.components, _numbers(run, clipped), strict=True))
         names = [name for micro in micros for name in micro.names]
         broken = [component for component, norm in norms.items() if not math.isfinite(norm)]
         if not run.engine.settled(not broken):
@@ -114,12 +113,11 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
             _update(run, tell, update, tell(RatesSet(update, rates)).lr)
         for optimizer in run.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        means = {key: sum(micro.scalars[key] for micro in micros) / len(micros) for key in micros[0].scalars}
         step = Step(
             step=update + 1,
             images=len(names),
-            loss=means.pop(LOSS),
-            terms=means,
+            loss=sum(micro.loss for micro in micros) / len(micros),
+            terms={key: sum(micro.terms[key] for micro in micros) / len(micros) for key in micros[0].terms},
             grad_norm=norms,
             lr={key: lr for part, optimizer in run.optimizers.items() for key, lr in logged(part, optimizer).items()},
             seconds=time.perf_counter() - began,
@@ -134,21 +132,20 @@ def train(run: Run, start: int = 0) -> Iterator[Step]:
     tell.say("on_end", run)
 
 
-LOSS = "loss"  # among a micro's scalars; the others are its terms
-
-
 class _Micro(NamedTuple):
-    scalars: Mapping[str, Tensor]  # where the denoiser is
+    loss: Tensor
+    terms: Mapping[str, Tensor]
     names: Sequence[str]
 
 
-class _Read(NamedTuple):
-    scalars: Mapping[str, float]
+class _Told(NamedTuple):
+    loss: float
+    terms: Mapping[str, float]
     names: Sequence[str]
 
 
 def _micro(run: Run, tell: Listeners, update: int, micro: int) -> _Micro:
-    """One forward and backward; its gradients are added to what the parameters hold. A GPU is not waited for."""
+    """One forward and backward; its gradients are added to what the parameters hold. Nothing of it is read yet."""
     engine = run.engine
     turn = micro * engine.processes + engine.rank  # among the micros of all processes for this update
     samples = run.dataset.micro(update * run.accumulate * engine.processes + turn)
@@ -180,14 +177,18 @@ def _micro(run: Run, tell: Listeners, update: int, micro: int) -> _Micro:
         terms["penalty"] = torch.stack(penalties).sum()
         total = total + terms["penalty"]
     engine.backward(total / run.accumulate)
-    return _Micro({name: scalar.detach() for name, scalar in {LOSS: total, **terms}.items()}, samples.names)
+    return _Micro(total.detach(), {key: term.detach() for key, term in terms.items()}, samples.names)
 
 
-def _read(run: Run, those: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
-    """Scalars as numbers, for which a GPU is waited for once."""
-    scalars = [scalar.to(run.engine.device) for each in those for scalar in each.values()]
-    numbers = iter(torch.stack(scalars).tolist())
-    return [dict(zip(each, numbers, strict=False)) for each in those]
+def _told(run: Run, made: Sequence[_Micro]) -> list[_Told]:
+    """Losses and terms as numbers."""
+    told = iter(_numbers(run, [scalar for micro in made for scalar in (micro.loss, *micro.terms.values())]))
+    return [_Told(next(told), {key: next(told) for key in micro.terms}, micro.names) for micro in made]
+
+
+def _numbers(run: Run, scalars: Sequence[Tensor]) -> list[float]:
+    """What 0-d tensors say, for which a GPU is waited for once. One may be in RAM, such as the norm of no gradients."""
+    return torch.stack([scalar.to(run.engine.device) for scalar in scalars]).tolist()
 
 
 def _update(run: Run, tell: Listeners, update: int, lr: Mapping[str, float]) -> None:
