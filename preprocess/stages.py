@@ -7,6 +7,7 @@ their place. What it makes it keeps in the cache, so that the next time it makes
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -44,19 +45,19 @@ class Setting:
     crew: Crew  # the processes that look at pictures
 
 
-class Stage:
+class Stage(ABC):
     """Base of every stage."""
 
     version = 1  # raise it when the same pictures would come out otherwise
     model = False  # True: the first of several processes does it alone, and the others find in the cache what it made
 
+    @abstractmethod
     def __call__(self, report: Report, setting: Setting) -> Report:
         """What came of the source after this stage.
 
         Raises:
             PreprocessError: it cannot be trained on.
         """
-        raise NotImplementedError
 
 
 class Dedupe(Stage):

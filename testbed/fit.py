@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,7 @@ SAVE_EVERY_S = 60
 LOG_EVERY_S = 20
 
 
-class Task:
+class Task(ABC):
     """What is fitted: a model, a loss for a step, and how long. Subclasses are picklable."""
 
     name: str = ""
@@ -41,14 +42,16 @@ class Task:
     ema: float = 0.0
     seed: int = 0
 
+    @abstractmethod
     def model(self) -> nn.Module:
-        raise NotImplementedError
+        """What is fitted, as it begins."""
 
-    def prepare(self, rank: int) -> None:
+    def prepare(self, rank: int) -> None:  # noqa: B027  most need nothing
         """Loads what `loss` needs, once in each process."""
 
+    @abstractmethod
     def loss(self, model: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        raise NotImplementedError
+        """Of one batch, and what is shown of it."""
 
     def lr_at(self, step: int) -> float:
         rise = min(1.0, (step + 1) / self.warmup)

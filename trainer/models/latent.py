@@ -6,6 +6,7 @@ Shapes: B pictures, C latent channels, H W latent height and width, L tokens, D 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ from trainer.types import BaseModelError, ClientNames, Cond, Task
 DIFFUSERS_STEP = 8  # pixels; its pipelines draw no other sides
 
 
-class LatentFamily:
+class LatentFamily(ABC):
     """A frozen base. A family says what it is made of, and encodes prompts."""
 
     name: str  # of FAMILIES
@@ -257,9 +258,9 @@ class LatentFamily:
         for file in folder.rglob("*.json"):
             parts.forget_paths(file)
 
+    @abstractmethod
     def _encode(self, prompts: Sequence[str]) -> Cond:
         """One row for each prompt, after every rule."""
-        raise NotImplementedError
 
     def _added(self, xt: Tensor, cond: Cond) -> dict[str, Tensor] | None:
         """What the UNet is told beside the prompt's hidden states."""
