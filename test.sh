@@ -6,8 +6,9 @@
 set -eu
 cd "$(dirname "$0")"
 ./setup.sh --dev
-# Tiny models run fastest on one thread, and no test may depend on a model hub.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+# Tiny models run fastest on one thread, and waiting threads must not spin; no test may depend on a model hub.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 # All of them are spread over the cores; a worker holds up to 2 GB.
 [ $# -gt 0 ] || set -- --numprocesses auto --maxprocesses 4 --dist worksteal
 exec .venv/bin/python -m pytest "$@"
