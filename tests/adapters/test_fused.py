@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trainer.adapters import fused
 from trainer.adapters.fused import FusedLinear, fuse
 from trainer.models.packed import pack
+from trainer.models.quantised import quantise
 
 SHAPES = [(7, 24), (2, 5, 24), (2, 3, 4, 24)]
 
@@ -45,6 +46,15 @@ def taught(layer: Any, x: Tensor, scope: Callable[[], Any] | None = None) -> lis
 
 def wide(layer: Any) -> Any:
     return copy.deepcopy(layer).double()
+
+
+def rounded(dtype: torch.dtype) -> tuple[Any, Any]:
+    """A LoRA on a layer in 8 bits, and one on a plain layer with the weight that those say, in double precision."""
+    layer = layered(dtype)
+    assert quantise(layer) == 1
+    exact = layered(dtype)
+    exact.base_layer.weight.data = layer.base_layer.weight
+    return layer, wide(exact)
 
 
 def bf16() -> Any:
@@ -92,7 +102,23 @@ def test_in_bfloat16_it_is_as_near_to_double_precision_as_peft(packed: bool, use
     assert len(used) == 1
 
 
-def test_no_more_is_kept_than_by_peft() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "scope", "most"), [(torch.float32, None, 1e-5), (torch.bfloat16, bf16, 1e-2)], ids=str
+)
+def test_on_a_layer_in_eight_bits_it_is_as_right(dtype: torch.dtype, scope: Any, most: float, used: list[int]) -> None:
+    layer, exact = rounded(dtype)
+    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    right, theirs = taught(exact, x.double()), taught(layer, x, scope)
+    assert not used
+    fuse(layer)
+    for mine, peft, true in zip(taught(layer, x, scope), theirs, right, strict=True):
+        assert mine.dtype == peft.dtype
+        assert (mine.double() - true).norm() / true.norm() < most
+    assert len(used) == 1
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_no_more_is_kept_than_by_peft(eight_bits: bool) -> None:
     """x and A x in bfloat16."""
 
     def kept(layer: Any) -> int:
@@ -106,7 +132,7 @@ def test_no_more_is_kept_than_by_peft() -> None:
             layer(torch.ones(4096, 24).bfloat16().requires_grad_())
         return sum(sizes)
 
-    layer = layered(torch.bfloat16)
+    layer = rounded(torch.bfloat16)[0] if eight_bits else layered(torch.bfloat16)
     theirs = kept(layer)
     fuse(layer)
     assert kept(layer) == 4096 * (24 + 4) * 2 <= theirs

@@ -31,9 +31,11 @@ class FusedLinear(Linear):
             x = x.to(torch.get_autocast_dtype(device))
         elif x.dtype != down.weight.dtype:  # PEFT widens it
             return super().forward(x)
-        if x.dtype != base.weight.dtype or any(map(_hooked, (base, down, up))):
+        plain = type(base) is nn.Linear
+        if x.dtype != (base.weight.dtype if plain else base.dtype) or any(map(_hooked, (base, down, up))):
             return super().forward(x)
-        return cast(Tensor, _Fused.apply(x, base.weight, down.weight, up.weight, base, self.scaling[name]))
+        weight = base.weight if plain else None
+        return cast(Tensor, _Fused.apply(x, weight, down.weight, up.weight, base, self.scaling[name]))
 
     def _usual(self) -> str | None:
         """The adapter at work, if it is the only one, on a frozen layer that tells its input's gradient."""
@@ -57,10 +59,15 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class _Fused(torch.autograd.Function):
-    """x [..., in], weight [out, in] (frozen), down A [rank, in], up B [out, rank] -> y [..., out]."""
+    """x [..., in], weight [out, in] (frozen), down A [rank, in], up B [out, rank] -> y [..., out].
+
+    A base that is no plain layer keeps its weight to itself: None is given, and `base.input_gradient` asked.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, base: Any, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, down: Tensor, up: Tensor, base: Any, scale: float
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = (rows @ down.to(x.dtype).t()).mul_(scale)
         out: Tensor = base(x)
@@ -74,7 +81,8 @@ class _Fused(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  the decorator hides the names of its arguments
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        rows, inner, weight, down, up = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        weight: Tensor | None
+        rows, inner, weight, down, up = ctx.saved_tensors
         grad = grad_outputs[0]
         flat = grad.reshape(-1, grad.shape[-1])
         along = (flat @ up.to(flat.dtype)).mul_(ctx.scale)
@@ -84,6 +92,6 @@ class _Fused(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             d_up = (flat.t() @ inner).to(up.dtype)
         if ctx.needs_input_grad[0]:
-            d_x = grad @ weight if type(ctx.base) is nn.Linear else cast(Tensor, ctx.base.input_gradient(grad))
+            d_x = cast(Tensor, ctx.base.input_gradient(grad) if weight is None else grad @ weight)
             d_x.view(-1, d_x.shape[-1]).addmm_(along, down.to(flat.dtype))
         return d_x, None, d_down, d_up, None, None

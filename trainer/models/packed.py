@@ -91,6 +91,11 @@ class PackedLinear(nn.Linear):
         x = _input(self, input)
         return super().forward(input) if x is None else cast(Tensor, _Linear.apply(x, self))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs that it takes as they are."""
+        return self.weight.dtype
+
     def input_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of the input [..., in], from that of the output [..., out]."""
         if grad.dtype != self.weight.dtype or not self.packed.fits(self.weight):

@@ -60,25 +60,33 @@ class QuantisedLinear(nn.Linear):
         if not torch.equal(value, self.weight):
             raise ValueError("a quantised weight cannot be changed")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's, without making it."""
+        return self.scale.dtype
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """[..., o] -> [..., i]: W^T grad."""
+        return grad @ _float(self.codes, self.scale, grad.dtype)
+
     def forward(self, input: Tensor) -> Tensor:
         x, bias = input, cast(Tensor | None, self.bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
             bias = None if bias is None else bias.to(x.dtype)
-        return cast(Tensor, _Linear.apply(x, self.codes, self.scale, bias))
+        return cast(Tensor, _Linear.apply(x, self, bias))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        return F.linear(x, _float(codes, scale, x.dtype), bias)
+    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear, bias: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, _float(layer.codes, layer.scale, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        codes, scale = ctx.saved_tensors
-        return grad @ _float(codes, scale, grad.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.layer.input_gradient(grad), None, None
 
 
 def _switch(layer: nn.Linear) -> None:
