@@ -1,6 +1,7 @@
 """The methods that bench.quality compares: options of train.py on top of the preset, by table and by name.
 
-`--pictures N` is the bench's own: how many pictures teach, in place of 10.
+`--pictures N` is the bench's own: how many pictures teach, in place of 10; `{class}` stands for a word for the
+concept's class (bench.runs.WORDS).
 
 In a table each method differs from the first, its reference, in what its name says. Adapters are compared without token
 rows, which would draw part of the concept for them; rates are those of the reference unless the name gives another.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 ALONE = ["--text.tokens", "0", "--optim.adapter.curve", "cosine"]  # the adapter learns everything
 _PRODIGY = ["--optim.adapter.name", "prodigy", "--optim.adapter.lr", "1"]
+PRODIGY_BOTH = [*_PRODIGY, "--optim.rows.name", "prodigy", "--optim.rows.lr", "1"]
+HARD = ["--optim.adapter.curve", "hard_pivot", "--optim.rows.curve", "hard_pivot"]
 PRIOR = ["--data.class_words", "star,heart,circle,square", "--objective.prior_weight", "1"]
 HOT = ["--text.tokens", "0", "--optim.adapter.curve", "constant", "--optim.adapter.lr", "5e-3"]
 SNR = ["--objective.min_snr_gamma", "5"]
@@ -50,7 +53,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
     },
     "rows": {
         "pivotal, adaptive, 2 tokens": [],
-        "hard pivot": ["--optim.adapter.curve", "hard_pivot", "--optim.rows.curve", "hard_pivot"],
+        "hard pivot": HARD,
         "no pivot (both cosine)": ["--optim.adapter.curve", "cosine", "--optim.rows.curve", "cosine"],
         "textual inversion alone": ["--adapter.kind", "none", "--optim.rows.curve", "cosine"],
         "1 token": ["--text.tokens", "1"],
@@ -62,7 +65,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "AdamW, alone": ALONE,
         "Prodigy, alone": [*ALONE, *_PRODIGY],
         "AdamW, pivotal": [],
-        "Prodigy, pivotal": [*_PRODIGY, "--optim.rows.name", "prodigy", "--optim.rows.lr", "1"],
+        "Prodigy, pivotal": PRODIGY_BOTH,
     },
     "objectives": {
         "plain": [],
@@ -105,6 +108,16 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "rank 4": ["--adapter.rank", "4"],
         "rank 32": ["--adapter.rank", "32"],
         "attention and ff": ["--adapter.targets", "attention+ff"],
+    },
+    "parts": {  # those of `adapters`, `rows` and `optimizers` that are most asked about, for several concepts
+        "pivotal": [],
+        "DoRA": ["--adapter.kind", "dora"],
+        "1 token": ["--text.tokens", "1"],
+        "4 tokens": ["--text.tokens", "4"],
+        "start from a word": ["--text.init", "words", "--text.init_words", "{class}"],
+        "start by similarity": ["--text.init", "similarity", "--text.init_words", "{class}"],
+        "hard pivot": HARD,
+        "Prodigy": PRODIGY_BOTH,
     },
     "object": {  # of shapes
         "min-SNR, with convolutions": SNR,

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench" / "results"
 WORK = ROOT / "bench" / "work"
 PICTURES = "--pictures"  # among a method's options: how many pictures teach, which is the bench's and not train.py's
+CLASS = "{class}"  # in an option: a word for the concept's class, which the base knows
+WORDS = {"shape": "star", "fill": "striped", "style": "drawing"}  # by a concept's kind
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def one(job: Job) -> dict[str, Any]:
 
 
 def _command(job: Job, folder: Path) -> list[str]:
-    options = list(job.options)
+    word = WORDS[CONCEPTS[job.concept].kind]
+    options = [option.replace(CLASS, word) for option in job.options]
     if PICTURES in options:
         at = options.index(PICTURES)
         del options[at : at + 2]
