@@ -1,8 +1,8 @@
 """How fast training is, against a plain script and against the machine's limit: python -m bench.speed [--quick].
 
 Every figure is CPU time of one thread, or a GPU's until it is done, with ways that are compared taking turns in one
-process. The part gpu is left out where there is none. Writes bench/results/speed.json; `python -m bench.tables` makes
-the tables of docs/benchmarks.md from it.
+process. The part gpu is left out where there is none, and large where it is not named. Writes bench/results/speed.json;
+`python -m bench.tables` makes the tables of docs/benchmarks.md from it.
 A single case: python -m bench.speed --size full --resolution 256 --batch 1 --dtype bf16.
 """
 
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +45,7 @@ SAVINGS: dict[str, tuple[str, dict[str, object]]] = {  # what is shown -> model.
     "bf16, int8": ("bf16", {"quantise": "int8"}),
     "bf16, int8, gradient checkpointing": ("bf16", {"quantise": "int8", "gradient_checkpointing": True}),
 }
+THRIFTY = ("bf16, gradient checkpointing", "bf16, int8, gradient checkpointing")  # those that are for large bases
 COMPARED = 2  # whole jobs that a target is about
 LARGE = {"family": "sdxl", "size": "full", "resolution": 1024, "dtype": "bf16", "device": "cuda", "pictures": 4}
 LEAST = {"quantise": "int8", "gradient_checkpointing": True}
@@ -72,7 +73,7 @@ def main() -> int:
         return 0
     out: Path | None = args.out or (None if args.quick else OUT)
     results: Figures = json.loads(out.read_text(encoding="utf-8")) if args.only and out and out.exists() else {}
-    for name in tqdm(args.only or [part for part in PARTS if part != "gpu" or _has_gpu()], unit="part"):
+    for name in tqdm(args.only or _usual(), unit="part"):
         results[name] = PARTS[name](args) | {"made": machine()}
         if out:
             atomic_write(out, json.dumps(results, indent=1) + "\n")
@@ -118,21 +119,29 @@ def full(args: argparse.Namespace) -> Figures:
 
 
 def savings(args: argparse.Namespace) -> Figures:
-    """What training at that size holds in memory, and a step's time, with each option that saves some.
+    """What training at that size holds in memory, and a step's time, with each option that saves some."""
+    return _held(["bf16"] if args.quick else SAVINGS, {**FULL, "family": "sd15", "rounds": 1 if args.quick else 3})
 
-    The base is read from a folder, as people's are.
-    """
-    ways = {name: SAVINGS[name] for name in (["bf16"] if args.quick else SAVINGS)}
-    more = {"what": "memory", "rounds": 1 if args.quick else 3}
+
+def large(args: argparse.Namespace) -> Figures:
+    """The same of Stable Diffusion XL's full size at 1024 px, which takes 10 GB of memory and ten minutes."""
+    return _held(THRIFTY, {**LARGE, "device": "cpu", "batch": 1, "pictures": 2, "rounds": 1})
+
+
+def _held(names: Iterable[str], case: Figures) -> Figures:
+    """Memory and time by option of SAVINGS. The base is read from a folder, as people's are."""
+    ways = {name: SAVINGS[name] for name in names}
+    kind = {"sd15": "SD15", "sdxl": "SDXL"}[case["family"]]
     found: Figures = {}
     for dtype in dict.fromkeys(dtype for dtype, _ in ways.values()):
         with tempfile.TemporaryDirectory() as scratch:
-            base = f"{scratch}/sd15"
+            base = f"{scratch}/base"
             write = "from pathlib import Path; from bench import fullsize as f; "
-            _run([sys.executable, "-c", f"{write}f.written(f.SD15, {dtype!r}, Path({base!r}))"])
+            _run([sys.executable, "-c", f"{write}f.written(f.{kind}, {dtype!r}, Path({base!r}))"])
             for name, (own, model) in ways.items():
                 if own == dtype:
-                    found[name] = stepped(**FULL, **more, dtype=dtype, model=json.dumps({**model, "base": base}))
+                    full = {**case, "what": "memory", "dtype": dtype, "model": json.dumps({**model, "base": base})}
+                    found[name] = stepped(**full)
                     del found[name]["model"]  # which names a folder that is gone
     return found
 
@@ -218,8 +227,10 @@ def gpu(args: argparse.Namespace) -> Figures:
     }
 
 
-def _has_gpu() -> bool:
-    return _run([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"])[0].strip() == "True"
+def _usual() -> list[str]:
+    """The parts that are measured where none is named."""
+    has_gpu = _run([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"])[0].strip() == "True"
+    return [part for part in PARTS if part != "large" and (part != "gpu" or has_gpu)]
 
 
 PARTS = {
@@ -227,6 +238,7 @@ PARTS = {
     "full": full,
     "exact": exact,
     "savings": savings,
+    "large": large,
     "jobs": jobs,
     "parts": parts,
     "growth": growth,

@@ -74,6 +74,15 @@ def steps(results: Figures) -> str:
 
 def savings(results: Figures) -> str:
     """What training holds, by option."""
+    return _held("sd15 full, 256 px, batch 1", results.get("savings", {}))
+
+
+def large(results: Figures) -> str:
+    """The same of a larger base."""
+    return _held("sdxl full, 1024 px, batch 1", results.get("large", {}))
+
+
+def _held(what: str, ways: Figures) -> str:
     rows = [
         [
             name,
@@ -84,10 +93,10 @@ def savings(results: Figures) -> str:
             f"{_over_needed(case):.2f}",
             f"{case['ways']['trainer']['cpu_s']:.3g}",
         ]
-        for name, case in results.get("savings", {}).items()
+        for name, case in ways.items()
         if name != "made"
     ]
-    heads = ["sd15 full, 256 px, batch 1", "weights", "a bare step", "peak until the first step", "peak"]
+    heads = [what, "weights", "a bare step", "peak until the first step", "peak"]
     return _table([*heads, "peak / (weights + step)", "CPU s a step"], rows)
 
 
@@ -170,6 +179,7 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "steps": steps,
     "exact": exact,
     "savings": savings,
+    "large": large,
     "jobs": jobs,
     "parts": parts,
     "growth": growth,
