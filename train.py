@@ -61,11 +61,13 @@ def train(
     ),
     max_train_steps: int | None = Input(default=None, ge=1, description="the same as steps"),
     learning_rate: float | None = Input(
-        default=None, description="peak learning rate of the adapter; blank: the preset's"
+        default=None,
+        description="peak learning rate of the adapter; blank: what fits the base's width (docs/optimizers.md), 1 where the optimizer finds its own",
     ),
     lora_lr: float | None = Input(default=None, description="the same as learning_rate"),
     ti_lr: float | None = Input(
-        default=None, description="peak learning rate of the trigger's vectors; blank: the preset's"
+        default=None,
+        description="peak learning rate of the trigger's vectors; blank: what fits the base's width (docs/optimizers.md), 1 where the optimizer finds its own",
     ),
     optimizer: str | None = Input(
         default=None,

@@ -188,8 +188,8 @@ def make_run(
     family = SmallFamily()
     parts: list[Any] = [LowRank(dropout), Rows()]
     settings = {
-        "adapter": ComponentOptim.model_validate(adapter or {}),
-        "rows": ComponentOptim.model_validate(rows or {}),
+        "adapter": ComponentOptim.model_validate({"lr": 1e-3, **(adapter or {})}),
+        "rows": ComponentOptim.model_validate({"lr": 1e-2, **(rows or {})}),
     }
     components = {part.component: part.attach(family) for part in parts}
 

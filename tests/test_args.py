@@ -42,9 +42,9 @@ def test_every_option_has_one_line_and_a_default() -> None:
 
 
 def test_a_part_of_a_section_keeps_the_sections_other_defaults() -> None:
-    args = TrainArgs.model_validate({**MINIMAL, "optim": {"rows": {"curve": "linear"}}})
-    assert args.optim.rows.lr == 1e-2
-    assert args.optim.adapter.lr == 1e-3
+    args = TrainArgs.model_validate({"data": {"source": "pictures", "mask": {"feather": 0.5}}})
+    usual = TrainArgs.model_validate(MINIMAL).data
+    assert args.data == usual.model_copy(update={"mask": usual.mask.model_copy(update={"feather": 0.5})})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.optim import SGD, lr_scheduler
 
 from trainer.args import ComponentOptim, OptimArgs
 from trainer.optim import Rates, filled
+from trainer.optim.usual import WIDTHS
 from trainer.registry import PartError
 
 STEPS = 40
@@ -153,16 +154,16 @@ def test_rows_and_an_adapter_pivot_where_nobody_says_otherwise(
     trained: tuple[str, ...], given: dict[str, str], curves: list[str]
 ) -> None:
     args = OptimArgs.model_validate({name: {"curve": curve} for name, curve in given.items()})
-    done = filled(args, trained)
+    done = filled(args, trained, WIDTHS, 1.0)
     assert [getattr(done, name).curve for name in trained] == curves
-    assert filled(done, trained) == done
+    assert filled(done, trained, WIDTHS, 1.0) == done
     assert OptimArgs.model_validate(done.model_dump()) == done
-    assert filled(done, ("adapter",)) == done, "what a run began with stays"
+    assert filled(done, ("adapter",), WIDTHS, 1.0) == done, "what a run began with stays"
 
 
 def test_what_averages_has_no_falling_curve_by_default() -> None:
     args = OptimArgs.model_validate({"adapter": {"name": "schedulefree-adamw"}})
-    done = filled(args, PAIR)
+    done = filled(args, PAIR, WIDTHS, 1.0)
     assert (done.rows.curve, done.adapter.curve) == ("adaptive", "constant")
 
 

@@ -142,7 +142,7 @@ def make_run(
         for a in adapters
         if isinstance(a, HasScales)
     }
-    sections = {name: ComponentOptim.model_validate(optimizer[name]) for name in components}
+    sections = {name: ComponentOptim.model_validate({"lr": 1e-3, **optimizer[name]}) for name in components}
     args = ObjectiveArgs.model_validate(objective)
     return Run(
         family=family,

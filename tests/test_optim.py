@@ -53,7 +53,7 @@ UNLIKE = {"came": ("eps",)}  # names of the constructor that mean something else
 
 
 def args(**options: Any) -> ComponentOptim:
-    return ComponentOptim.model_validate(options)
+    return ComponentOptim.model_validate({"lr": 1e-3, **options})
 
 
 def parameter(value: float = 1.0) -> nn.Parameter:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.args import OptimArgs, RuleArgs, TrainArgs
 from trainer.checkpoint import load, save
 from trainer.loop import Run, train
-from trainer.optim import assigned, described, moved, prepare
+from trainer.optim import assigned, described, moved, prepare, usual
 from trainer.optim.waiting import Waiting
 
 NAMES = ("down.0.attn1.to_q.lora_A.weight", "down.0.attn1.to_q.lora_B.weight", "mid.attn2.to_k.lora_A.weight")
@@ -31,10 +31,14 @@ def rules(*trees: dict[str, Any]) -> tuple[RuleArgs, ...]:
     return OptimArgs.model_validate({"rules": trees}).rules
 
 
+def section(tree: dict[str, Any]) -> OptimArgs:
+    return usual.filled(OptimArgs.model_validate(tree), usual.WIDTHS, 1.0)
+
+
 def ruled(steps: int, optim: dict[str, Any]) -> Run:
     """A small run whose optimizers and rates are those of a section, as the composition root makes them."""
     run = make_run(steps=steps)
-    args = OptimArgs.model_validate(optim)
+    args = section(optim)
     run.optimizers, run.lr = prepare(args, steps, run.components, {name: {} for name in run.components})
     return run
 
@@ -154,11 +158,11 @@ def test_prodigy_takes_windows_but_no_rates_of_rules() -> None:
 
 def test_a_rule_gives_a_precision_to_both_halves_or_to_none() -> None:
     components = named()
-    args = OptimArgs.model_validate({"rules": [{"match": "down", "dtype": "bf16"}]})
+    args = section({"rules": [{"match": "down", "dtype": "bf16"}]})
     optimizers, _ = prepare(args, 4, components, {"adapter": {}, "rows": {}})
     assert [p.dtype for _, p in components["adapter"]] == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert optimizers["adapter"].param_groups[0]["params"][0].dtype == torch.bfloat16
-    half = OptimArgs.model_validate({"rules": [{"match": "*lora_B*", "dtype": "bf16"}]})
+    half = section({"rules": [{"match": "*lora_B*", "dtype": "bf16"}]})
     with pytest.raises(ValueError, match=r"multiplied with each other; match the layer down\.0\.attn1\.to_q"):
         prepare(half, 4, named(), {"adapter": {}, "rows": {}})
 
@@ -200,7 +204,7 @@ def test_a_tensor_that_never_moves_is_named() -> None:
     run = make_run(steps=12)
     forgotten = nn.Parameter(torch.ones(3))
     run.components = {**run.components, "adapter": [*run.components["adapter"], ("forgotten.weight", forgotten)]}
-    args = OptimArgs()
+    args = section({})
     run.optimizers, run.lr = prepare(args, 12, run.components, {"adapter": {}, "rows": {}})
     before = moved.marks(run.components)
     list(train(run))

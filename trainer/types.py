@@ -138,6 +138,7 @@ class ModelFamily(Protocol):
     latent_scale: int  # pixels for one latent
     picture_step: int  # pixels; both sides of a drawn picture are multiples of it
     bucket_step: int  # pixels; both sides of a picture are multiples of it
+    widths: Mapping[str, int]  # "denoiser": channels of its first level; "text": of the widest text encoder
     clients: ClientNames
     prompt_rules: list[Callable[[str], str]]  # applied in order to every prompt before the tokenizer
     clip_folders: Mapping[str, Path]  # text encoder -> folder of a CLIPModel that shares its tower

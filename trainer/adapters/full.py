@@ -40,6 +40,7 @@ class Full(InPlace):
 
     takes = (*MATRICES, *NORMS)
     ranked = False
+    pace = 0.1
 
     def _made(self, base: nn.Module, target: Target) -> StandIn:
         return Changed(base, bias=self.args.bias)

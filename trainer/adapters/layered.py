@@ -41,6 +41,7 @@ class Layers(ABC):
 
     takes: tuple[type[nn.Module], ...] = MATRICES
     ranked = True  # whether the rank must fit the layers' widths
+    pace = 1.0  # how many times the usual rate of a LoRA it takes, where none is given
 
     def __init__(self, args: AdapterArgs, seed: int, part: str = "denoiser") -> None:
         """Args: part: "denoiser" or "text"."""

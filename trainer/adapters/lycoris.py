@@ -70,6 +70,7 @@ class LoKr(Lycoris):
     """The Kronecker product of a small matrix and of a larger one, which is of low rank if it is large enough."""
 
     ranked = False  # a rank above a factor's width means that the factor is whole
+    pace = 4.0  # at a LoRA's own it hardly moves (docs/benchmarks.md)
 
     def _model(self, root: nn.Module, targets: Sequence[Target]) -> Any:
         config = LoKrConfig(

@@ -26,7 +26,7 @@ from trainer.args.hooks import (
 from trainer.args.masks import DetectArgs, MaskArgs, PersonArgs
 from trainer.args.model import ModelArgs
 from trainer.args.objective import AttentionArgs, DistanceArgs, LevelsArgs, NoiseArgs, ObjectiveArgs, WeightArgs
-from trainer.args.optim import CURVES, PIVOTS, ComponentOptim, CurveArgs, OptimArgs, RowsOptim, RuleArgs, TextOptim
+from trainer.args.optim import CURVES, PIVOTS, ComponentOptim, CurveArgs, OptimArgs, RuleArgs
 from trainer.args.runtime import RuntimeArgs, SampleArgs
 from trainer.args.section import Probability, Section, SwitchedArgs
 from trainer.args.sources import AugmentArgs, HubArgs, LimitsArgs, UpscaleArgs
@@ -68,7 +68,6 @@ __all__ = [
     "PersonArgs",
     "Probability",
     "RegularisationArgs",
-    "RowsOptim",
     "RuleArgs",
     "RuntimeArgs",
     "SampleArgs",
@@ -76,7 +75,6 @@ __all__ = [
     "SwitchedArgs",
     "TeacherArgs",
     "TextArgs",
-    "TextOptim",
     "TrainArgs",
     "TriggerModelArgs",
     "UpscaleArgs",

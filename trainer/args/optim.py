@@ -75,7 +75,12 @@ class ComponentOptim(CurveArgs):
         description="optimizer: one of torch's (adamw, adam, sgd, adafactor, muon ...), prodigy, which finds its own "
         "rate and takes lr 1, one of the extras (docs/optimizers.md), module:attr or file.py:attr",
     )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate [default: what fits the base's width (docs/optimizers.md), 1 where the "
+        "optimizer finds its own]",
+    )
     weight_decay: float = Field(0.0, ge=0.0, description="weight decay, decoupled where the optimizer is")
     betas: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = Field(
         (), description="moment decays [default: 0.9,0.99 for torch's and prodigy, an extra's own]"
@@ -91,23 +96,18 @@ class ComponentOptim(CurveArgs):
         None, ge=0, description="gradient norm it is clipped to; 0 is off [default: optim.max_grad_norm]"
     )
 
+    @property
+    def peak(self) -> float:
+        """`lr`, of args that are filled in. ValueError: they are not."""
+        if self.lr is None:
+            raise ValueError("no learning rate was given, and none was filled in")
+        return self.lr
+
     @field_validator("options")
     @classmethod
     def _as_json(cls, options: dict[str, Any]) -> dict[str, Any]:
         """A flag gives text: what reads as JSON is a number, a truth value or a list."""
         return {name: parsed(value) if isinstance(value, str) else value for name, value in options.items()}
-
-
-class RowsOptim(ComponentOptim):
-    """The same with the default of the token rows, which need larger steps."""
-
-    lr: float = Field(1e-2, gt=0, description="peak learning rate")
-
-
-class TextOptim(ComponentOptim):
-    """The same with the default of the text encoders' layers, which need smaller steps."""
-
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
 
 
 class RuleArgs(CurveArgs):
@@ -169,9 +169,11 @@ class OptimArgs(Section):
     adapter: ComponentOptim = Field(
         default_factory=lambda: ComponentOptim.model_validate({}), description="the adapter's"
     )
-    rows: RowsOptim = Field(default_factory=lambda: RowsOptim.model_validate({}), description="the token rows'")
-    text: TextOptim = Field(
-        default_factory=lambda: TextOptim.model_validate({}), description="the adapter's on the text encoders"
+    rows: ComponentOptim = Field(
+        default_factory=lambda: ComponentOptim.model_validate({}), description="the token rows'"
+    )
+    text: ComponentOptim = Field(
+        default_factory=lambda: ComponentOptim.model_validate({}), description="the adapter's on the text encoders"
     )
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm each component is clipped to; 0 is off")
     pivot: Probability = Field(0.5, gt=0.0, lt=1.0, description="progress at which hard_pivot changes over")

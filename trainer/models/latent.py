@@ -62,6 +62,8 @@ class LatentFamily(ABC):
         self.resolution = int(self._unet.config.sample_size) * self.latent_scale
         self.picture_step = math.lcm(DIFFUSERS_STEP, self.latent_scale)
         self.bucket_step = self.latent_scale * 2 ** (len(self._unet.config.block_out_channels) - 1)
+        text: list[int] = [tower.config.hidden_size for tower in base.text_encoders.values()]
+        self.widths = {"denoiser": int(self._unet.config.block_out_channels[0]), "text": max(text)}
         for module in (self.denoiser, self.vae, *self.text_encoders.values()):
             module.eval().requires_grad_(False)
         self._tokens = Tokens()

@@ -5,6 +5,7 @@ it has a "scale", the factor by which it learns faster than the component (LoRA+
 the rule that it obeys, or "". Progress f is finished updates / all updates, in 0..1. A rate is always set, never
 multiplied.
 
+    usual    rates of components that were given none
     table    names -> optimizers, and which settings each of them takes
     curves   progress -> factor of the rate
     rules    which parameter obeys which rule
@@ -23,7 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainer.args import ComponentOptim, OptimArgs, RuleArgs
-from trainer.optim import curves
+from trainer.optim import curves, usual
 from trainer.optim.rates import Rates, logged
 from trainer.optim.rules import Components, assigned, cast, described
 from trainer.optim.table import OPTIMIZERS, averages, check, make
@@ -48,14 +49,15 @@ __all__ = [
 ]
 
 
-def filled(args: OptimArgs, trained: Collection[str]) -> OptimArgs:
-    """With a curve for each component that has none (`curves.filled`).
+def filled(args: OptimArgs, trained: Collection[str], widths: Mapping[str, int], pace: float) -> OptimArgs:
+    """With a curve and a rate for each component that has none (`curves.filled`, `usual.filled`).
 
     Args:
         trained: names of the components of the run.
+        widths, pace: as for `usual.filled`.
     """
     averaging = [name for name in trained if averages(getattr(args, name), f"optim.{name}")]
-    return curves.filled(args, trained, averaging)
+    return usual.filled(curves.filled(args, trained, averaging), widths, pace)
 
 
 def prepare(

@@ -38,6 +38,7 @@ class Rates:
         pivot: float = 0.5,
     ) -> None:
         self._args, self._component, self._pivot, self._steps = args, component, pivot, steps
+        self._peak = args.peak
         self._rules: dict[str, RuleArgs | None] = {"": None, **{rule.match: rule for rule in rules}}
         self._curve = _curve(args, f"optim.{component}", component, steps, pivot)
         self._own: dict[str, Curve] = {}
@@ -55,7 +56,7 @@ class Rates:
 
     def __call__(self, progress: float) -> float:
         """The learning rate of what obeys no rule and has scale 1."""
-        return self._args.lr * self._curve(progress)
+        return self._peak * self._curve(progress)
 
     def frozen(self, rule: str, progress: float) -> bool:
         """Whether what obeys this rule ("": none) must not move: outside its time, or beyond a hard pivot."""
@@ -70,7 +71,7 @@ class Rates:
             return 0.0
         obeyed = self._rules[rule]
         if obeyed is not None and rule in self._own:
-            return self._args.lr * self._own[rule]((progress - obeyed.after) / (obeyed.until - obeyed.after))
+            return self._peak * self._own[rule]((progress - obeyed.after) / (obeyed.until - obeyed.after))
         return self(progress) if lr is None else lr
 
     def hold(self, optimizer: Optimizer, progress: float) -> None:

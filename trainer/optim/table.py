@@ -97,6 +97,7 @@ REFUSED: dict[str, str] = {
 }
 MATRICES = ("muon", "spectralsphere")  # train tensors of two dimensions only
 ONE_RATE = ("prodigy", "dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptlion")  # or 0, in each group
+FINDING = (*ONE_RATE, "prodigy-plus")  # find a rate, which `lr` multiplies
 _BETAS = (0.9, 0.99)  # of torch's own and prodigy; extras have their own
 _OURS = ("lr", "betas", "eps", "weight_decay")
 # Prodigy: safeguard_warmup leaves the rate out of the estimate's denominator, which keeps d sound while a curve rises.
@@ -117,7 +118,8 @@ def check(optim: OptimArgs, *, code: bool = True) -> None:
         section = getattr(optim, component)
         if isinstance(section, ComponentOptim):
             where = f"optim.{component}"
-            _settings(section, _factory(section.name, where, code=code), where)
+            any_rate = section.model_copy(update={"lr": section.lr or 1.0})  # the base says which, later
+            _settings(any_rate, _factory(section.name, where, code=code), where)
             if ":" in section.curve:
                 registry.load({}, section.curve, f"{where}.curve", code=code)
 
@@ -194,7 +196,7 @@ def _settings(args: ComponentOptim, factory: Any, where: str) -> dict[str, Any]:
     takes = inspect.signature(factory).parameters
     anything = any(each.kind is each.VAR_KEYWORD for each in takes.values())
     own = [name for name, each in takes.items() if name != "params" and each.kind is not each.VAR_KEYWORD]
-    settings: dict[str, Any] = {"lr": args.lr, **_DEFAULTS.get(args.name, {})}
+    settings: dict[str, Any] = {"lr": args.peak, **_DEFAULTS.get(args.name, {})}
     betas = args.betas or (_BETAS if args.name in _TORCH or args.name == "prodigy" else ())
     given = {
         "betas": (betas or None, bool(args.betas)),
@@ -252,9 +254,9 @@ def _check_fits(
                 f"{where}: {args.name} trains matrices alone, and of {len(odd)} tensors such as {odd[0]} it can make "
                 "nothing; take another optimizer, or targets without convolutions"
             )
-    if args.name in ("prodigy", "prodigy-plus") and args.lr < 0.1:
+    if args.name in FINDING and args.peak < 0.1:
         log.warning(
             "%s multiplies the rate that it finds by lr, and lr is %g: training will be slow; give 1",
             args.name,
-            args.lr,
+            args.peak,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engi
         data, root = args.data, run_dir.root
         preprocess.build(data.source, root, data, sides, family.bucket_step, share=here.share)
     items = read_manifest(run_dir.dataset)
-    args = resolve(places.kept(args), family, items)
+    args = resolve(places.kept(args), family, items, getattr(parts.adapter, "pace", 1.0))
     if here.first:
         atomic_write(run_dir.args, _json(args.model_dump(mode="json")))
     newest = run_dir.newest_checkpoint()
@@ -170,9 +170,14 @@ def _session(args: TrainArgs, run_dir: RunDir, family: ModelFamily, engine: Engi
         if start:
             checkpoint.load(run_dir.checkpoint(start), run.adapters, run.optimizers, digest(args), [*hooks, engine])
         engine.equalise([parameter for named in run.components.values() for _, parameter in named])
-        log.info("%s: %d pictures, step %d of %d, on %s", run_dir.root, len(items), start, run.steps, _where(engine))
+        told = (run_dir.root, len(items), start, run.steps, _rates(args, run.components), _where(engine))
+        log.info("%s: %d pictures, step %d of %d, %s, on %s", *told)
         undo.pop_all()  # whoever has the session closes it
     return Session(args, run_dir, run, start, here, marks)
+
+
+def _rates(args: TrainArgs, trained: Iterable[str]) -> str:
+    return ", ".join(f"lr {name} {getattr(args.optim, name).peak:g}" for name in sorted(trained))
 
 
 def _where(engine: Engine) -> str:

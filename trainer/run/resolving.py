@@ -11,8 +11,12 @@ from trainer.run.error import RunError
 from trainer.types import ModelFamily
 
 
-def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> TrainArgs:
-    """The tree with every derived value filled in; resolving it again changes nothing."""
+def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item], pace: float = 1.0) -> TrainArgs:
+    """The tree with every derived value filled in; resolving it again changes nothing.
+
+    Args:
+        pace: that of the kind of adapter (`Layers.pace`).
+    """
     data = concepts.filled(args.data, items)
     try:
         prompts = concepts.prompts(args.sample.prompts, data, items, args.sample.pictures)
@@ -22,7 +26,7 @@ def resolve(args: TrainArgs, family: ModelFamily, items: Sequence[Item]) -> Trai
         update={
             "adapter": args.adapter.model_copy(update={"alpha": _alpha(args.adapter)}),
             "data": data.model_copy(update={"resolution": args.data.resolution or (family.resolution,)}),
-            "optim": optim.filled(args.optim, _trained(args)),
+            "optim": optim.filled(args.optim, _trained(args), family.widths, pace),
             "runtime": args.runtime.model_copy(update={"steps": args.runtime.updates(_counted(args.data, items))}),
             "sample": args.sample.model_copy(update={"prompts": prompts}),
         }
