@@ -122,7 +122,13 @@ TABLES: dict[str, dict[str, list[str]]] = {
     "object": {  # of shapes
         "min-SNR, with convolutions": SNR,
         "min-SNR, attention and ff": [*SNR, "--adapter.targets", "attention+ff"],
+        "min-SNR, with convolutions, rank 4": [*SNR, "--adapter.rank", "4"],
         "min-SNR, attention and ff, rank 16": [*SNR, "--adapter.targets", "attention+ff", "--adapter.rank", "16"],
+    },
+    "style": {
+        "min-SNR, rank 8": SNR,
+        "min-SNR, rank 4": [*SNR, "--adapter.rank", "4"],
+        "min-SNR, rank 16": [*SNR, "--adapter.rank", "16"],
     },
     "checkpoint": {
         "the last": [],
