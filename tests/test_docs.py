@@ -188,6 +188,7 @@ def test_the_examples_of_the_hooks_page_do_what_they_say(tmp_path: Path, tiny_ba
         {
             "data": {"source": str(tiny_pictures), "resolution": 32},
             "model": {"base": str(tiny_base)},
+            "optim": {"adapter": {"lr": 1e-3}},
             "sample": {"steps": 1},
             "hooks": {"tensorboard": False, "extra": [use, f"{tmp_path}/middle.py:Middle"]},
             "runtime": {"out": str(tmp_path), "steps": 2, "batch_size": 2, "device": "cpu"},
