@@ -103,7 +103,7 @@ def test_in_bfloat16_it_is_as_near_to_double_precision_as_peft(packed: bool, use
 
 
 @pytest.mark.parametrize(
-    ("dtype", "scope", "most"), [(torch.float32, None, 1e-5), (torch.bfloat16, bf16, 1e-2)], ids=str
+    ("dtype", "scope", "most"), [(torch.float32, None, 1e-5), (torch.bfloat16, bf16, 1e-2)], ids=["fp32", "bf16"]
 )
 def test_on_a_layer_in_eight_bits_it_is_as_right(dtype: torch.dtype, scope: Any, most: float, used: list[int]) -> None:
     layer, exact = rounded(dtype)
