@@ -36,7 +36,7 @@ def tree(base: Path, pictures: Path, out: Path, **sections: Mapping[str, object]
         "model": {"base": str(base)},
         "text": {"tokens": 1},
         "adapter": {"rank": 2},
-        "optim": {"adapter": {"curve": "cosine"}},
+        "optim": {"adapter": {"lr": 1e-3, "curve": "cosine"}},
         "sample": {"prompts": ["a red {trigger}", "a star"], "steps": 2, "every": 3, "strengths": [0.5, 1.0]},
         "runtime": {"out": str(out), "steps": STEPS, "batch_size": 2, "checkpoint_every": 2, "device": "cpu"},
     }
