@@ -1,8 +1,8 @@
 """How fast training is, against a plain script and against the machine's limit: python -m bench.speed [--quick].
 
 Every figure is CPU time of one thread, or a GPU's until it is done, with ways that are compared taking turns in one
-process. The part gpu is left out where there is none, and large where it is not named. Writes bench/results/speed.json;
-`python -m bench.tables` makes the tables of docs/benchmarks.md from it.
+process. The part gpu is left out where there is none, large where it is not named, and growth from --quick. Writes
+bench/results/speed.json; `python -m bench.tables` makes the tables of docs/benchmarks.md from it.
 A single case: python -m bench.speed --size full --resolution 256 --batch 1 --dtype bf16.
 """
 
@@ -73,7 +73,7 @@ def main() -> int:
         return 0
     out: Path | None = args.out or (None if args.quick else OUT)
     results: Figures = json.loads(out.read_text(encoding="utf-8")) if args.only and out and out.exists() else {}
-    for name in tqdm(args.only or _usual(), unit="part"):
+    for name in tqdm(args.only or _usual(quick=args.quick), unit="part"):
         results[name] = PARTS[name](args) | {"made": machine()}
         if out:
             atomic_write(out, json.dumps(results, indent=1) + "\n")
@@ -204,15 +204,14 @@ def parts(args: argparse.Namespace) -> Figures:
 
 def growth(args: argparse.Namespace) -> Figures:
     """How cost grows with one thing at a time, on the shipped base."""
-    rounds = 3 if args.quick else 20
-    sizes = [10, 100] if args.quick else [n for n in (10, 100, 1000, 10000, 50000) if n <= args.pictures]
-    axes: dict[str, list[int]] = {"batch": [1, 2, 4, 8], "resolution": [32, 64, 128], "rank": [1, 8, 64]}
-    if args.quick:
-        axes = {"batch": [1, 4]}
-    grown = {axis: [stepped(what="pictures", rounds=rounds, **{axis: n}) for n in some] for axis, some in axes.items()}
-    grown["pictures"] = [stepped(what="pictures", rounds=rounds, pictures=n) for n in sizes]
-    grown["steps"] = [stepped(what="length", rounds=50 if args.quick else 1000)]
-    return grown
+    axes = {
+        "batch": [1, 2, 4, 8],
+        "resolution": [32, 64, 128],
+        "rank": [1, 8, 64],
+        "pictures": [n for n in (10, 100, 1000, 10000, 50000) if n <= args.pictures],
+    }
+    grown = {axis: [stepped(what="pictures", rounds=20, **{axis: n}) for n in some] for axis, some in axes.items()}
+    return grown | {"steps": [stepped(what="length", rounds=1000)]}
 
 
 def gpu(args: argparse.Namespace) -> Figures:
@@ -227,10 +226,11 @@ def gpu(args: argparse.Namespace) -> Figures:
     }
 
 
-def _usual() -> list[str]:
+def _usual(*, quick: bool) -> list[str]:
     """The parts that are measured where none is named."""
+    left_out = {"large", "growth"} if quick else {"large"}
     has_gpu = _run([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"])[0].strip() == "True"
-    return [part for part in PARTS if part != "large" and (part != "gpu" or has_gpu)]
+    return [part for part in PARTS if part not in left_out and (part != "gpu" or has_gpu)]
 
 
 PARTS = {
