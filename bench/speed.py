@@ -48,7 +48,7 @@ SAVINGS: dict[str, tuple[str, dict[str, object]]] = {  # what is shown -> model.
 THRIFTY = ("bf16, gradient checkpointing", "bf16, int8, gradient checkpointing")  # those that are for large bases
 COMPARED = 2  # whole jobs that a target is about
 LARGE = {"family": "sdxl", "size": "full", "resolution": 1024, "dtype": "bf16", "device": "cuda", "pictures": 4}
-LEAST = {"quantise": "int8", "gradient_checkpointing": True}
+LEAST = SAVINGS[THRIFTY[1]][1]  # of memory
 
 
 class MeasureError(RuntimeError):
@@ -131,13 +131,12 @@ def large(args: argparse.Namespace) -> Figures:
 def _held(names: Iterable[str], case: Figures) -> Figures:
     """Memory and time by option of SAVINGS. The base is read from a folder, as people's are."""
     ways = {name: SAVINGS[name] for name in names}
-    kind = {"sd15": "SD15", "sdxl": "SDXL"}[case["family"]]
     found: Figures = {}
     for dtype in dict.fromkeys(dtype for dtype, _ in ways.values()):
         with tempfile.TemporaryDirectory() as scratch:
             base = f"{scratch}/base"
             write = "from pathlib import Path; from bench import fullsize as f; "
-            _run([sys.executable, "-c", f"{write}f.written(f.{kind}, {dtype!r}, Path({base!r}))"])
+            _run([sys.executable, "-c", f"{write}f.written(f.{case['family'].upper()}, {dtype!r}, Path({base!r}))"])
             for name, (own, model) in ways.items():
                 if own == dtype:
                     full = {**case, "what": "memory", "dtype": dtype, "model": json.dumps({**model, "base": base})}

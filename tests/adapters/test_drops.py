@@ -187,3 +187,9 @@ def test_layers_and_what_is_drawn_of_them_are_independent() -> None:
 def test_what_has_no_ranks_leaves_out_none(kind: str) -> None:
     with pytest.raises(ValidationError, match=f"rank_dropout is 0.4, which does nothing for adapter.kind {kind}"):
         AdapterArgs.model_validate({"kind": kind, "rank_dropout": P})
+
+
+def test_a_kind_of_ones_own_that_cannot_leave_ranks_out_says_so() -> None:
+    """As a run's mistake (ValueError), which is told in a sentence."""
+    with pytest.raises(ValueError, match=r"^adapter\.rank_dropout is not for kind trainer\.adapters\.full:Full$"):
+        attached({"kind": "trainer.adapters.full:Full", "rank_dropout": P})

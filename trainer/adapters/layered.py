@@ -72,8 +72,8 @@ class Layers(ABC):
         """What the layer's parameters say, with gradients, at full strength."""
 
     def _drop_ranks(self, layer: Any, drops: Drops) -> None:
-        """Has the layer leave out what `drops.kept` says, in training."""
-        raise NotImplementedError(f"adapter.rank_dropout is not for kind {self.args.kind}")
+        """Has the layer leave out what `drops.kept` says, in training. ValueError: this kind cannot."""
+        raise ValueError(f"adapter.rank_dropout is not for kind {self.args.kind}")
 
     # --- what all kinds do
 
